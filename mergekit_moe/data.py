@@ -1,0 +1,222 @@
+"""Rows of text from files, folders, the Hub or the Python installation, and their tokens."""
+
+import string
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_moe import hub
+from mergekit_moe.errors import DataError
+from mergekit_moe.installed_text import CORPORA
+from mergekit_moe.recipe import DataSource
+from mergekit_moe.workspace import digest, file_sha256
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+IGNORED = -100
+"""Label of a token that no loss counts."""
+
+
+def load_rows(sources: Sequence[DataSource], data_dir: Path, what: str) -> "Dataset":
+    """Return the rows of all sources as columns `id`, `prompt`, `completion` and `tag`.
+
+    Args:
+        what: how an error names these rows, such as "the public pool" or "expert 'law'".
+
+    Raises:
+        DataError: if a source is missing, has no usable row, or lacks a column that a template names.
+    """
+    from datasets import Dataset
+
+    rows: list[dict[str, str]] = []
+    for source in sources:
+        taken = list(_rows_of(source, data_dir, what))
+        if not taken:
+            raise DataError(f"{what}: {_name(source)} has no row with text in it; check 'where', 'split' and the templates")
+        rows.extend(taken)
+    return Dataset.from_list(rows)
+
+
+def fingerprint(sources: Sequence[DataSource], data_dir: Path, what: str) -> list[dict[str, Any]]:
+    """Return what identifies the rows, wherever they lie: content (sha256 or Hub commit), filters and templates."""
+    elsewhere = {"dataset", "installed", "revision", "tag"}
+    return [
+        {**source.model_dump(mode="json", exclude=elsewhere), "content": _content(source, data_dir, what)}
+        for source in sources
+    ]
+
+
+def describe(source: DataSource, data_dir: Path, what: str) -> str:
+    """Return a source's public name: a Hub id with its commit, a file's name without its folders."""
+    if source.installed is not None:
+        return f"installed:{source.installed}"
+    path = data_dir / str(source.dataset)
+    return path.name if path.exists() else hub.resolve_dataset(str(source.dataset), source.revision, what)
+
+
+def split_held_out(rows: "Dataset") -> tuple["Dataset", "Dataset"]:
+    """Return (rows to learn from, rows held out): every tenth row by the hash of its id.
+
+    The chunks of one text stay together.
+    """
+    held_out = [int(digest(row_id.split("#")[0])[:8], 16) % 10 == 0 for row_id in rows["id"]]
+    learnt = rows.select([i for i, out in enumerate(held_out) if not out])
+    return learnt, rows.select([i for i, out in enumerate(held_out) if out])
+
+
+def texts_of(rows: "Dataset") -> list[str]:
+    """Return what an embedder reads: prompt and completion as one text."""
+    return [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
+
+
+def tokenize(rows: "Dataset", tokenizer: Any, max_length: int) -> "Dataset":
+    """Return columns `input_ids` and `labels`: BOS, prompt (masked), completion, EOS (learnt).
+
+    Rows are cut at `max_length` tokens; a row with nothing left to learn is dropped. Other columns stay.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encode(row: dict[str, str]) -> dict[str, list[int]]:
+        prompt = bos + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + eos
+        labels = [IGNORED] * len(prompt) + completion
+        return {"input_ids": (prompt + completion)[:max_length], "labels": labels[:max_length]}
+
+    encoded = rows.map(encode, remove_columns=["id", "prompt", "completion", "tag"], keep_in_memory=True)
+    return encoded.filter(lambda row: any(label != IGNORED for label in row["labels"][1:]), keep_in_memory=True)
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, "torch.Tensor"]:
+    """Return a right-padded batch of int64 tensors, (B, T); other columns are stacked, (B,)."""
+    import torch
+
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: Iterable[list[int]], fill: int) -> "torch.Tensor":
+        return torch.tensor([v + [fill] * (length - len(v)) for v in values])
+
+    batch = {
+        # Padding is masked in attention and labels, so that its id is free: not every model has a pad token.
+        "input_ids": padded((row["input_ids"] for row in rows), 0),
+        "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0),
+        "labels": padded((row["labels"] for row in rows), IGNORED),
+    }
+    for name in rows[0].keys() - {"input_ids", "labels"}:
+        batch[name] = torch.tensor([row[name] for row in rows])
+    return batch
+
+
+def _rows_of(source: DataSource, data_dir: Path, what: str) -> Iterable[dict[str, str]]:
+    raw = _load(source, data_dir, what)
+    for column in [*source.where, *([source.tag] if source.tag else [])]:
+        _require_column(column, raw.column_names, source, what)
+    for template in (source.text, source.prompt, source.completion):
+        for _, field, _, _ in string.Formatter().parse(template or ""):
+            if field is not None:
+                _require_column(field, raw.column_names, source, what)
+    taken = 0
+    for number, row in enumerate(raw):
+        if not _matches(row, source):
+            continue
+        if source.limit is not None and taken == source.limit:
+            return
+        taken += 1
+        name = str(row.get(source.id, number))
+        tag = str(row[source.tag]) if source.tag else ""
+        if source.text is None:
+            prompt, completion = _render(source.prompt or "", row), _render(str(source.completion), row)
+            if completion.strip():
+                yield {"id": name, "prompt": prompt, "completion": completion, "tag": tag}
+            continue
+        pieces = _chunks(_render(source.text, row), source.chunk)
+        for k, piece in enumerate(pieces):
+            yield {"id": name if len(pieces) == 1 else f"{name}#{k}", "prompt": "", "completion": piece, "tag": tag}
+
+
+def _load(source: DataSource, data_dir: Path, what: str) -> "Dataset":
+    from datasets import Dataset, load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    if source.installed is not None:
+        return Dataset.from_list(list(CORPORA[source.installed]()))
+    path = data_dir / str(source.dataset)
+    if not path.exists():
+        return hub.load_hub_dataset(str(source.dataset), source.revision, source.split, what)
+    builder = None if path.is_dir() else _builder(path, what)
+    try:
+        if builder is None:
+            return load_dataset(str(path), split=source.split)
+        return load_dataset(builder, data_files=[str(path)], split="train")
+    except (DatasetGenerationError, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{what}: {_name(source)} can't be read: {reason}") from None
+
+
+def _builder(path: Path, what: str) -> str:
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix not in _BUILDERS:
+        raise DataError(f"{what}: {path.name} is of no known kind; allowed are {', '.join(_BUILDERS)} (.gz too), a folder or a Hub id")
+    return _BUILDERS[suffix]
+
+
+def _content(source: DataSource, data_dir: Path, what: str) -> Any:
+    if source.installed is not None:
+        return digest([[row["id"], row["text"]] for row in CORPORA[source.installed]()])
+    path = data_dir / str(source.dataset)
+    if path.is_dir():
+        return digest([[str(p.relative_to(path)), file_sha256(p)] for p in sorted(path.rglob("*")) if p.is_file()])
+    if path.exists():
+        return file_sha256(path)
+    return hub.resolve_dataset(str(source.dataset), source.revision, what)
+
+
+def _matches(row: dict[str, Any], source: DataSource) -> bool:
+    return all(row[column] in (v if isinstance(v, list) else [v]) for column, v in source.where.items())
+
+
+def _render(template: str, row: dict[str, Any]) -> str:
+    fields = {field for _, field, _, _ in string.Formatter().parse(template) if field}
+    return template.format(**{field: _as_text(row[field]) for field in fields})
+
+
+def _as_text(value: Any) -> str:
+    """Return a cell as text; a dialogue (pairs of speaker and utterance, or chat messages) one line a turn."""
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return "\n".join(_as_turn(turn) for turn in value)
+    return str(value)
+
+
+def _as_turn(turn: Any) -> str:
+    if isinstance(turn, dict):
+        turn = [turn.get("role", ""), turn.get("content", "")]
+    return ": ".join(map(str, turn)) if isinstance(turn, list) else str(turn)
+
+
+def _chunks(text: str, size: int | None) -> list[str]:
+    """Split text at line ends into pieces of at most `size` characters; a longer line is cut."""
+    if not text.strip():
+        return []
+    if size is None:
+        return [text]
+    pieces = [""]
+    for line in text.splitlines(keepends=True):
+        for part in (line[i : i + size] for i in range(0, len(line), size)):
+            if len(pieces[-1]) + len(part) > size:
+                pieces.append("")
+            pieces[-1] += part
+    return [piece for piece in pieces if piece.strip()]
+
+
+def _require_column(column: str, columns: list[str], source: DataSource, what: str) -> None:
+    if column not in columns:
+        raise DataError(f"{what}: {_name(source)} has no column '{column}'; its columns are {', '.join(columns)}")
+
+
+def _name(source: DataSource) -> str:
+    return source.dataset or f"installed text '{source.installed}'"

@@ -1,0 +1,142 @@
+"""The table: held-out loss of every method on every domain, and what the unified model keeps."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from mergekit_moe.data import IGNORED, collate, tokenize
+from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
+from mergekit_moe.models import load_model, load_tokenizer, recorded_routers
+from mergekit_moe.recipe import Evaluation
+from mergekit_moe.workspace import write_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+RESULTS = "results.json"
+SEED, SOUP, OURS, OWN = "seed", "soup", "unified", "own expert"
+
+
+class Domain(NamedTuple):
+    """Held-out rows of one expert's domain."""
+
+    expert: int
+    """The expert's number in the unified model."""
+    name: str
+    rows: "Dataset"
+
+
+def evaluate_models(
+    base: Path,
+    adapters: dict[str, Path],
+    unified: Path,
+    domains: list[Domain],
+    settings: Evaluation,
+    *,
+    proxy_shares: dict[str, dict[str, float]],
+    out: Path,
+) -> None:
+    """Write results.json to the folder `out`: the seed, each expert alone, the soup and the unified model.
+
+    Args:
+        adapters: expert's name -> its published folder; each runs as plain PEFT would run it.
+        unified: the unified model's folder.
+        proxy_shares: how often each client's proxies carry its true tag, kept with the results.
+    """
+    tokenizer = load_tokenizer(base)
+    domains = [
+        d._replace(rows=tokenize(d.rows.select(range(min(len(d.rows), settings.max_rows))), tokenizer, settings.max_length))
+        for d in domains
+    ]
+    losses = {SEED: _losses(load_model(base), domains, settings)}
+    losses.update(_adapter_losses(base, adapters, domains, settings))
+    model = load_model(unified).eval()
+    losses[OURS] = _losses(model, domains, settings)
+    losses[OWN] = {d.name: losses[d.name][d.name] for d in domains}
+    results = {
+        "domains": {d.name: {"rows": len(d.rows)} for d in domains},
+        "methods": losses,
+        "retention": {m: _retention(losses, m, domains) for m in losses},
+        "routing": {d.name: routing_accuracy(model, d, settings) for d in domains},
+        "proxies": proxy_shares,
+        "parameters": {"unified": sum(p.numel() for p in model.parameters())},
+    }
+    write_json(out / RESULTS, results)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+
+
+@torch.no_grad()
+def row_losses(model: "PreTrainedModel", rows: "Dataset", batch_size: int) -> tuple[list[float], list[int]]:
+    """Return each row's summed loss in nats, and its number of learnt tokens."""
+    model.eval()
+    sums: list[float] = []
+    counts: list[int] = []
+    for first in range(0, len(rows), batch_size):
+        batch = collate([rows[i] for i in range(first, min(first + batch_size, len(rows)))])
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        labels = batch["labels"][:, 1:]
+        each = F.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+        )
+        sums += each.double().sum(1).tolist()
+        counts += (labels != IGNORED).sum(1).tolist()
+    return sums, counts
+
+
+@torch.no_grad()
+def routing_accuracy(model: "PreTrainedModel", domain: Domain, settings: Evaluation) -> dict[str, Any]:
+    """Return the share of a domain's tokens that go to its own expert, by layer and over all."""
+    metric = RoutingAccuracy()
+    with recorded_routers(model) as calls:
+        for first in range(0, len(domain.rows), settings.batch_size):
+            batch = collate([domain.rows[i] for i in range(first, min(first + settings.batch_size, len(domain.rows)))])
+            ids, mask = (batch[key].to(model.device) for key in ("input_ids", "attention_mask"))
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+            routed = calls[0].routing.token_mask
+            for layer, call in enumerate(calls):
+                hits = int((call.logits.argmax(-1)[routed] == domain.expert).sum())
+                metric.add(prediction=[layer, hits], reference=int(routed.sum()))
+    return metric.compute()
+
+
+def _losses(model: "PreTrainedModel", domains: list[Domain], settings: Evaluation) -> dict[str, Any]:
+    results = {}
+    for domain in domains:
+        sums, counts = row_losses(model, domain.rows, settings.batch_size)
+        results[domain.name] = TokenLoss().compute(predictions=sums, references=counts)
+    return results
+
+
+def _adapter_losses(
+    base: Path, adapters: dict[str, Path], domains: list[Domain], settings: Evaluation
+) -> dict[str, dict[str, Any]]:
+    """Each expert through plain PEFT, and the soup: the plain average of their weight differences."""
+    from peft import PeftModel
+
+    names = list(adapters)
+    model = PeftModel.from_pretrained(load_model(base), str(adapters[names[0]]), adapter_name=names[0])
+    for name in names[1:]:
+        model.load_adapter(str(adapters[name]), adapter_name=name)
+    model.add_weighted_adapter(names, [1.0 / len(names)] * len(names), SOUP, combination_type="cat")
+    results = {}
+    for name in [*names, SOUP]:
+        model.set_adapter(name)
+        results[name] = _losses(model, domains, settings)
+    return results
+
+
+def _retention(losses: dict[str, Any], method: str, domains: list[Domain]) -> dict[str, Any]:
+    computed = Retention().compute(
+        predictions=[losses[method][d.name]["loss"] for d in domains],
+        references=[[losses[SEED][d.name]["loss"], losses[OWN][d.name]["loss"]] for d in domains],
+    )
+    each = dict(zip([d.name for d in domains], computed["retention"], strict=True))
+    return {"by_domain": each, "mean": computed["mean_retention"]}

@@ -1,0 +1,49 @@
+"""Results as people read them: rows for a terminal, Markdown for a card."""
+
+from typing import Any
+
+_LABELS = {"seed": "seed", "soup": "soup (plain average)", "unified": "**unified (ours)**", "own expert": "own expert alone"}
+
+
+def loss_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows): each method's held-out loss in nats a token on each domain, and its mean retention."""
+    domains = list(results["domains"])
+    header = ["method", *domains, "mean retention"]
+    rows = []
+    for method, losses in results["methods"].items():
+        mean = results["retention"][method]["mean"]
+        label = _LABELS.get(method, f"expert {method}")
+        rows.append([label, *(f"{losses[d]['loss']:.4f}" for d in domains), f"{mean:.3f}"])
+    return header, rows
+
+
+def domain_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows): what the unified model keeps of each domain's expert, and where its tokens go."""
+    header = ["domain", "retention", "routing accuracy", "lowest layer", "perplexity seed", "own expert", "unified"]
+    rows = []
+    for domain in results["domains"]:
+        routing = results["routing"][domain]
+        rows.append(
+            [
+                domain,
+                f"{results['retention']['unified']['by_domain'][domain]:.3f}",
+                f"{routing['routing_accuracy']:.3f}",
+                f"{min(routing['routing_accuracy_by_layer']):.3f}",
+                *(f"{results['methods'][m][domain]['perplexity']:.2f}" for m in ("seed", "own expert", "unified")),
+            ]
+        )
+    return header, rows
+
+
+def proxy_rows(shares: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows): how often each client's proxies carry its true tag, against top-k and random."""
+    header = ["client", "selected", "top-k by relevance", "random"]
+    return header, [
+        [name, *(f"{share[m]:.2f}" for m in ("selected", "top-k", "random"))] for name, share in shares.items()
+    ]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table; numbers are right-aligned."""
+    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,96 @@
+"""Where models and data sets come from: folders, or the Hub with every revision pinned to a commit."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mergekit_moe.errors import DataError, ExpertError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
+"""Weights as safetensors, configuration and tokenizer; never pickles, never code."""
+
+
+class Resolved(NamedTuple):
+    """A model or expert on disk."""
+
+    folder: Path
+    source: str
+    """As the recipe names it."""
+    revision: str | None
+    """Commit sha on the Hub; None for a folder."""
+
+
+def resolve_model(source: str, revision: str | None, base: Path, what: str) -> Resolved:
+    """Return a folder as it is, or download a Hub repository at one commit.
+
+    Args:
+        base: where relative folders start.
+        what: how an error names it, such as "base_model" or "expert 'law'".
+
+    Raises:
+        ExpertError: if it is neither a folder nor to be had from the Hub; the text says why.
+    """
+    folder = base / source
+    if folder.is_dir():
+        return Resolved(folder, source, None)
+    if folder.exists() or _is_path(source):
+        raise ExpertError(f"{what}: {source} is not a folder; give a model's folder or a Hub id such as org/name")
+    from huggingface_hub import model_info, snapshot_download
+
+    sha = _commit(model_info, source, revision, what, ExpertError)
+    downloaded = snapshot_download(source, revision=sha, allow_patterns=_MODEL_FILES)
+    return Resolved(Path(downloaded), source, sha)
+
+
+def resolve_dataset(source: str, revision: str | None, what: str) -> str:
+    """Return `id@sha`: a Hub data set at the commit that its revision stands for now."""
+    if _is_path(source) or Path(source).suffix in (".jsonl", ".json", ".gz", ".csv", ".parquet", ".txt"):
+        raise DataError(f"{what}: no such file or folder: {source}; relative paths start at data_dir (--data-dir)")
+    from huggingface_hub import dataset_info
+
+    return f"{source}@{_commit(dataset_info, source, revision, what, DataError)}"
+
+
+def load_hub_dataset(source: str, revision: str | None, split: str, what: str) -> "Dataset":
+    """Return one split of a Hub data set at its pinned commit."""
+    from datasets import load_dataset
+
+    sha = resolve_dataset(source, revision, what).rpartition("@")[2]
+    try:
+        return load_dataset(source, revision=sha, split=split)
+    except ValueError as error:
+        raise DataError(f"{what}: {source}@{sha[:7]} can't be read: {' '.join(str(error).split())}") from None
+
+
+def _is_path(source: str) -> bool:
+    """True for what can't be a Hub id, so that a mistyped path is not looked up there."""
+    return source.startswith((".", "/", "~")) or source.count("/") > 1
+
+
+def _commit(info: Any, source: str, revision: str | None, what: str, error: type[Exception]) -> str:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,  # the client library's own, whichever that is
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return str(info(source, revision=revision).sha)
+    except GatedRepoError:
+        reason = "is gated; ask for access on its page and log in with `hf auth login`"
+    except RevisionNotFoundError:
+        reason = f"has no revision '{revision}'; give a branch, tag or commit of it"
+    except RepositoryNotFoundError:
+        reason = "is neither a folder here nor a repository on the Hub that you can see; check the name, or log in"
+    except HFValidationError:
+        reason = "is neither a folder here nor a valid Hub id; give a folder or an id such as org/name"
+    except OfflineModeIsEnabled:
+        reason = "is no folder here, and offline mode keeps it from being looked up on the Hub; unset HF_HUB_OFFLINE"
+    except HTTPError as failure:
+        reason = f"is no folder here, and the Hub did not answer ({type(failure).__name__}); check the path, or try again"
+    raise error(f"{what}: {source} {reason}")

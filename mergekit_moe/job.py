@@ -1,0 +1,129 @@
+"""A recipe at work: where its models, rows and experts are, each resolved and read at most once."""
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_moe import cards, data, hub
+from mergekit_moe.checkpoint import read_config, weights_fingerprint
+from mergekit_moe.errors import ExpertError
+from mergekit_moe.experts import ADAPTER, PROXIES, Expert, read_expert, read_proxies
+from mergekit_moe.recipe import ExpertSource, Recipe, Seed
+from mergekit_moe.selection.embedding import resolve_embedder
+from mergekit_moe.workspace import Workspace, digest, file_sha256
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+POOL = "public_pool"
+"""How errors name the pool."""
+
+
+class Job:
+    """A recipe at work: its sources, resolved and read at most once."""
+
+    def __init__(self, recipe: Recipe, name: str, workspace: Workspace) -> None:
+        self.recipe = recipe
+        self.name = name
+        self.workspace = workspace
+        self.data_dir = Path(recipe.data_dir)
+        self.clients = [expert for expert in recipe.experts if expert.client is not None]
+        self._rows: dict[str, tuple[Dataset | None, Dataset | None]] = {}
+
+    @functools.cached_property
+    def base(self) -> hub.Resolved:
+        if isinstance(self.recipe.base_model, Seed):
+            return hub.Resolved(self.workspace.folder("seed"), f"{self.name}-seed", None)
+        return hub.resolve_model(self.recipe.base_model, self.recipe.revision, self.data_dir, "base_model")
+
+    @functools.cached_property
+    def base_weights(self) -> str:
+        return weights_fingerprint(self.base.folder, "base_model")
+
+    @property
+    def base_license(self) -> str:
+        if isinstance(self.recipe.base_model, Seed):
+            return self.recipe.base_model.license
+        return cards.license_of(self.base.folder)
+
+    @functools.cached_property
+    def embedder(self) -> hub.Resolved:
+        return resolve_embedder(self.recipe.selection.embedder, self.data_dir)
+
+    def embedder_identity(self) -> dict[str, Any]:
+        """Return what the embeddings depend on besides the texts."""
+        version = self.embedder.revision or weights_fingerprint(self.embedder.folder, "selection.embedder")
+        settings = self.recipe.selection
+        return {"embedder": [settings.embedder, version], "max_length": settings.embedder_max_length}
+
+    @functools.cached_property
+    def pool(self) -> "Dataset":
+        return data.load_rows(self.recipe.pool_sources, self.data_dir, POOL)
+
+    @functools.cached_property
+    def pool_fingerprint(self) -> str:
+        return digest(data.fingerprint(self.recipe.pool_sources, self.data_dir, POOL))
+
+    def rows(self, expert: ExpertSource) -> tuple["Dataset | None", "Dataset | None"]:
+        """Return an expert's rows to learn from and its held-out rows, None where the recipe gives none."""
+        if expert.name not in self._rows:
+            self._rows[expert.name] = self._load_rows(expert)
+        return self._rows[expert.name]
+
+    def _load_rows(self, expert: ExpertSource) -> tuple["Dataset | None", "Dataset | None"]:
+        what = f"expert '{expert.name}'"
+        client = expert.client
+        test = client.test if client is not None else expert.test
+        held_out = data.load_rows([test], self.data_dir, f"{what}, test") if test is not None else None
+        if client is None:
+            return None, held_out
+        private = data.load_rows([client.private], self.data_dir, f"{what}, private")
+        return (private, held_out) if held_out is not None else data.split_held_out(private)
+
+    def private_rows(self, expert: ExpertSource) -> "Dataset":
+        rows = self.rows(expert)[0]
+        assert rows is not None
+        return rows
+
+    def data_fingerprint(self, expert: ExpertSource) -> str:
+        """Return one digest of an expert's private and held-out rows; it tells nothing of where they lie."""
+        client = expert.client
+        sources = [client.private, client.test] if client is not None else [expert.test]
+        given = [source for source in sources if source is not None]
+        return digest(data.fingerprint(given, self.data_dir, f"expert '{expert.name}'"))
+
+    def expert(self, source: ExpertSource, *, compare_weights: bool = True) -> Expert:
+        """Return a published expert, checked against the base."""
+        resolved = hub.Resolved(self.workspace.folder(f"experts/{source.name}"), f"experts/{source.name}", None)
+        if source.source is not None:
+            resolved = hub.resolve_model(source.source, source.revision, self.data_dir, f"expert '{source.name}'")
+        return read_expert(
+            source.name,
+            resolved.folder,
+            source=resolved.source,
+            revision=resolved.revision,
+            base_config=read_config(self.base.folder, "config.json", "base_model"),
+            base_weights=self.base_weights if compare_weights else None,
+        )
+
+    def experts(self) -> list[Expert]:
+        return [self.expert(source) for source in self.recipe.experts]
+
+    def expert_identities(self) -> list[list[Any]]:
+        """Return what changes whenever an expert does."""
+        return [[e.name, e.revision, digest(e.about), _published_files(e.folder)] for e in self.experts()]
+
+    def proxy_rows(self, expert: Expert) -> "Dataset":
+        """Return the pool's rows that an expert published as its proxies."""
+        proxies = read_proxies(expert.folder, expert.name)
+        if proxies["pool"]["fingerprint"] != self.pool_fingerprint:
+            raise ExpertError(
+                f"expert '{expert.name}': its proxies were picked from another pool "
+                f"({', '.join(proxies['pool']['sources'])}) than the recipe's public_pool; use the same pool and templates"
+            )
+        return self.pool.select(proxies["rows"])
+
+
+def _published_files(folder: Path) -> str:
+    files = [folder / name for name in (ADAPTER, PROXIES)]
+    return digest([file_sha256(file) for file in files if file.is_file()])

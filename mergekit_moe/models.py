@@ -1,0 +1,86 @@
+"""Load models for the stages, and look at what happens inside their FFNs and routers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from mergekit_moe.modeling.modeling_metamoe import ContextRouter, Routing
+
+
+class RouterCall(NamedTuple):
+    """What one router saw and said in one forward pass."""
+
+    hidden: Tensor
+    """(B, T, H), the FFN's input."""
+    routing: Routing
+    logits: Tensor
+    """(B, T, K), float32."""
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """Return a causal language model in the dtype that it is stored in; never runs a checkpoint's own code."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def load_tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def routers_of(model: nn.Module) -> list[ContextRouter]:
+    """Return a MoE model's routers, layer by layer."""
+    return [module for module in model.modules() if isinstance(module, ContextRouter)]
+
+
+@contextmanager
+def recorded_routers(model: nn.Module) -> Iterator[list[RouterCall]]:
+    """Yield a list that every forward pass inside the block fills anew, one entry a layer."""
+    calls: list[RouterCall] = []
+
+    def begin(module: nn.Module, args: Any) -> None:
+        calls.clear()
+
+    def record(module: nn.Module, args: Any, logits: Tensor) -> None:
+        calls.append(RouterCall(args[0], args[1], logits))
+
+    handles = [model.register_forward_pre_hook(begin)]
+    handles += [router.register_forward_hook(record) for router in routers_of(model)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def adapter_silent_on(model: nn.Module, token_ids: list[int]) -> Iterator[None]:
+    """Inside the block, a PEFT model's LoRA deltas are zero on these tokens.
+
+    BOS stands before every domain and all later tokens attend to it, so that no causal router can know
+    its domain. Trained like this, an expert never relies on its own delta there.
+    """
+    silent = torch.tensor(token_ids, dtype=torch.long)
+    keep: dict[str, Tensor] = {}
+
+    def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        ids = kwargs["input_ids"]
+        keep["mask"] = ~torch.isin(ids, silent.to(ids.device))
+
+    def silence(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output * keep["mask"].unsqueeze(-1).to(output.dtype)
+
+    handles = [model.register_forward_pre_hook(look, with_kwargs=True)]
+    for name, module in model.named_modules():
+        if name.rpartition(".")[0].endswith("lora_B"):
+            handles.append(module.register_forward_hook(silence))
+    assert len(handles) > 1 or not token_ids, "no LoRA layer in this model"
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,347 @@
+"""The straight line from a recipe to a model card, one step after the other.
+
+`steps` is the whole of it. Each step makes one folder of the workspace; its inputs say when it is stale.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mergekit_moe import cards, data
+from mergekit_moe.checkpoint import read_config
+from mergekit_moe.errors import WorkspaceError
+from mergekit_moe.experts import STATISTICS, read_proxies
+from mergekit_moe.job import POOL, Job
+from mergekit_moe.plan import plan
+from mergekit_moe.recipe import ExpertSource, Recipe, Seed
+from mergekit_moe.workspace import digest, is_main_process, read_json, write_json
+
+COMMANDS = ("select", "seed", "align", "publish", "merge", "train-router", "evaluate", "card")
+
+
+class Step(NamedTuple):
+    """One folder of the workspace and how it is made."""
+
+    command: str
+    folder: str
+    inputs: dict[str, Any]
+    make: Callable[[Path], None]
+    distributed: bool = False
+    """True if all processes of `accelerate launch` work on it; else the main one does."""
+
+
+def run(job: Job, only: str | None = None) -> None:
+    """Walk the line; with `only`, make that command's folders and require those before it.
+
+    Raises:
+        MetaMoeError: for whatever a user can have got wrong, before any long work starts where possible.
+    """
+    checked = False
+    for step in steps(job):
+        current = job.workspace.is_current(step.folder, step.inputs)
+        if only is not None and step.command != only:
+            if COMMANDS.index(step.command) > COMMANDS.index(only):
+                return
+            if not current:
+                raise WorkspaceError(
+                    f"{job.workspace.folder(step.folder)} is missing or out of date; "
+                    f"run `metamoe {step.command}` on this recipe first"
+                )
+            continue
+        if not current and not checked:
+            plan(job)
+            checked = True
+        make = step.make if step.distributed or is_main_process() else _nothing
+        job.workspace.build(step.folder, step.inputs, make)
+    if only in (None, "card"):
+        _place_card(job)
+
+
+def steps(job: Job) -> Iterator[Step]:
+    """Yield the steps in order. Each is made before the next is asked for, so inputs may read its folder."""
+    recipe, seed = job.recipe, {"seed": job.recipe.seed}
+    pool = {"pool": job.pool_fingerprint}
+    if job.clients:
+        yield Step("select", "embeddings", pool | job.embedder_identity(), lambda out: _embed_pool(job, out))
+    for client in job.clients:
+        inputs = {
+            "selection": recipe.selection.model_dump(mode="json"),
+            "embeddings": job.workspace.digest_of("embeddings", "select"),
+            "private": job.data_fingerprint(client),
+        }
+        yield Step(
+            "select", f"proxies/{client.name}", inputs | seed, functools.partial(_select, job, client)
+        )
+    if isinstance(recipe.base_model, Seed):
+        inputs = {"model": recipe.base_model.model_dump(mode="json")}
+        yield Step("seed", "seed", inputs | pool | seed, lambda out: _train_seed(job, out), distributed=True)
+    base = {"base": job.base_weights}
+    for client in job.clients:
+        inputs = {
+            "alignment": recipe.alignment.model_dump(mode="json"),
+            "private": job.data_fingerprint(client),
+            "proxies": job.workspace.digest_of(f"proxies/{client.name}", "select"),
+        }
+        make = functools.partial(_align, job, client)
+        yield Step("align", f"aligned/{client.name}", inputs | base | seed, make, distributed=True)
+    for client in job.clients:
+        inputs = {
+            "adapter": job.workspace.digest_of(f"aligned/{client.name}", "align"),
+            "proxies": job.workspace.digest_of(f"proxies/{client.name}", "select"),
+            "license": client.license,
+            "max_length": recipe.router.max_length,
+        }
+        yield Step("publish", f"experts/{client.name}", inputs | base | pool, functools.partial(_publish, job, client))
+    experts = {"experts": job.expert_identities()}
+    inputs = {"merge": recipe.merge.model_dump(mode="json"), "context": recipe.router.context}
+    yield Step("merge", "merged", inputs | base | experts, lambda out: _merge(job, out))
+    inputs = {
+        "router": recipe.router.model_dump(mode="json"),
+        "merged": job.workspace.digest_of("merged", "merge"),
+    }
+    yield Step("train-router", "model", inputs | pool | experts | seed, lambda out: _route(job, out), distributed=True)
+    model = {"model": job.workspace.digest_of("model", "train-router")}
+    inputs = {
+        "evaluation": recipe.evaluation.model_dump(mode="json"),
+        "held_out": [job.data_fingerprint(expert) for expert in recipe.experts],
+    }
+    yield Step("evaluate", "evaluation", inputs | model, lambda out: _evaluate(job, out))
+    inputs = {
+        "evaluation": job.workspace.digest_of("evaluation", "evaluate"),
+        "recipe": digest(cards.public_recipe(recipe)),
+        "name": job.name,
+    }
+    yield Step("card", "card", inputs | model, lambda out: _write_card(job, out))
+
+
+def _nothing(out: Path) -> None:
+    """What the other processes do in a step that is the main one's."""
+
+
+def _embed(job: Job, texts: list[str]) -> Any:
+    from mergekit_moe.selection.embedding import embed, load_embedder
+
+    return embed(load_embedder(job.embedder.folder, job.recipe.selection.embedder_max_length), texts)
+
+
+def _embed_pool(job: Job, out: Path) -> None:
+    from mergekit_moe.selection.embedding import save_embeddings
+
+    save_embeddings(_embed(job, data.texts_of(job.pool)), job.pool, out)
+
+
+def _select(job: Job, client: ExpertSource, out: Path) -> None:
+    from mergekit_moe.selection.embedding import load_embeddings, sample_texts
+    from mergekit_moe.selection.proxies import select_proxies, tag_shares
+
+    settings, seed = job.recipe.selection, job.recipe.seed
+    pool_vectors = load_embeddings(job.workspace.folder("embeddings"))
+    texts = sample_texts(data.texts_of(job.private_rows(client)), settings.private_samples, seed)
+    chosen = select_proxies(pool_vectors, _embed(job, texts), settings, name=client.name, seed=seed)
+    rows = chosen.rows.tolist()
+    proxies = {
+        "pool": {
+            "fingerprint": job.pool_fingerprint,
+            "sources": [data.describe(source, job.data_dir, POOL) for source in job.recipe.pool_sources],
+            "rows": len(job.pool),
+        },
+        "rows": rows,
+        "ids": job.pool.select(rows)["id"][:],
+    }
+    report = {**chosen.report, "relevance": [round(float(r), 6) for r in chosen.relevance[rows]]}
+    if client.client is not None and client.client.tag is not None:
+        report["tag_shares"] = tag_shares(
+            chosen.rows, job.pool["tag"][:], client.client.tag, chosen.relevance, pool_vectors, settings, seed
+        )
+    for warning in chosen.report["warnings"]:
+        job.workspace.report(f"warning: expert '{client.name}': {warning}")
+    write_json(out / "proxies.json", proxies)
+    write_json(out / "selection.json", report)
+
+
+def _train_seed(job: Job, out: Path) -> None:
+    from mergekit_moe.seed import train_seed
+
+    assert isinstance(job.recipe.base_model, Seed)
+    train_seed(job.pool, job.recipe.base_model, seed=job.recipe.seed, out=out)
+
+
+def _align(job: Job, client: ExpertSource, out: Path) -> None:
+    from datasets import concatenate_datasets
+
+    from mergekit_moe.alignment import align_expert
+
+    rows = job.private_rows(client)
+    if job.recipe.alignment.proxies:
+        proxies = read_proxies(job.workspace.folder(f"proxies/{client.name}"), client.name)
+        rows = concatenate_datasets([rows, job.pool.select(proxies["rows"])])
+    align_expert(job.base.folder, rows, job.recipe.alignment, name=client.name, seed=job.recipe.seed, out=out)
+
+
+def _publish(job: Job, client: ExpertSource, out: Path) -> None:
+    from mergekit_moe.alignment import domain_free_tokens
+    from mergekit_moe.models import load_tokenizer
+    from mergekit_moe.publication import publish_expert
+
+    tokenizer = load_tokenizer(job.base.folder)
+    about = {
+        "name": client.name,
+        "base_model": job.base.source,
+        "base_revision": job.base.revision,
+        "base_weights": job.base_weights,
+        "license": client.license or job.base_license,
+        "domain_free_token_ids": domain_free_tokens(tokenizer, job.recipe.alignment),
+    }
+    proxies = read_proxies(job.workspace.folder(f"proxies/{client.name}"), client.name)
+    publish_expert(
+        job.workspace.folder(f"aligned/{client.name}"),
+        job.base.folder,
+        about=about,
+        proxies=proxies,
+        proxy_tokens=data.tokenize(job.pool.select(proxies["rows"]), tokenizer, job.recipe.router.max_length),
+        out=out,
+    )
+    config = read_config(out, "adapter_config.json", f"expert '{client.name}'")
+    card = cards.render(
+        "expert.md.j2",
+        name=client.name,
+        base_model=job.base.source,
+        base_revision=job.base.revision,
+        base_on_hub=job.base.revision is not None,
+        license=about["license"],
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        projections=sorted(config["target_modules"]),
+        proxies=len(proxies["rows"]),
+        silent_tokens=about["domain_free_token_ids"],
+    )
+    (out / "README.md").write_text(card, encoding="utf-8")
+
+
+def _merge(job: Job, out: Path) -> None:
+    from mergekit_moe.merging import merge_experts
+
+    merge_experts(job.base.folder, job.experts(), job.recipe.merge, job.recipe.router, out=out)
+
+
+def _route(job: Job, out: Path) -> None:
+    import torch
+    from datasets import concatenate_datasets
+    from safetensors.torch import load_file
+
+    from mergekit_moe.models import load_tokenizer
+    from mergekit_moe.routing.training import fit_routers
+
+    tokenizer = load_tokenizer(job.base.folder)
+    parts, counts, sums = [], [], []
+    for number, expert in enumerate(job.experts()):
+        tokens = data.tokenize(job.proxy_rows(expert), tokenizer, job.recipe.router.max_length)
+        parts.append(tokens.add_column("expert", [number] * len(tokens)))
+        if job.recipe.router.start == "centroid":
+            published = load_file(expert.folder / STATISTICS)
+            layers = sum(key.endswith(".sum") for key in published)
+            counts.append(published["layers.0.count"])
+            sums.append(torch.stack([published[f"layers.{layer}.sum"] for layer in range(layers)]))
+    published = {"count": torch.stack(counts), "sum": torch.stack(sums, dim=1)} if counts else {}
+    fit_routers(
+        job.workspace.folder("merged"),
+        concatenate_datasets(parts),
+        job.recipe.router,
+        published=published,
+        seed=job.recipe.seed,
+        out=out,
+    )
+
+
+def _evaluate(job: Job, out: Path) -> None:
+    from mergekit_moe.evaluation.compare import Domain, evaluate_models
+
+    domains = []
+    for number, source in enumerate(job.recipe.experts):
+        held_out = job.rows(source)[1]
+        if held_out is not None:
+            domains.append(Domain(number, source.name, held_out))
+    evaluate_models(
+        job.base.folder,
+        {expert.name: expert.folder for expert in job.experts()},
+        job.workspace.folder("model"),
+        domains,
+        job.recipe.evaluation,
+        proxy_shares=_proxy_shares(job),
+        out=out,
+    )
+
+
+def _proxy_shares(job: Job) -> dict[str, dict[str, float]]:
+    reports = {c.name: read_json(job.workspace.folder(f"proxies/{c.name}") / "selection.json") for c in job.clients}
+    return {name: report["tag_shares"] for name, report in reports.items() if "tag_shares" in report}
+
+
+def _write_card(job: Job, out: Path) -> None:
+    from mergekit_moe.evaluation import tables
+    from mergekit_moe.evaluation.compare import read_results
+
+    results = read_results(job.workspace.folder("evaluation"))
+    fitted = read_json(job.workspace.folder("model") / "router_training.json")
+    config = read_config(job.workspace.folder("model"), "config.json", "model")
+    experts = job.experts()
+    licenses = {"base": job.base_license, **{e.name: e.license or "unknown" for e in experts}}
+    license, note = cards.common_license(job.recipe.card.license, licenses)
+    card = cards.render(
+        "model.md.j2",
+        name=job.name,
+        base_model=job.base.source,
+        base_revision=job.base.revision,
+        base_on_hub=job.base.revision is not None,
+        base_license=licenses["base"],
+        license=license,
+        license_note=note,
+        language=job.recipe.card.language,
+        experts=[
+            {
+                "name": e.name,
+                "source": e.source,
+                "revision": e.revision,
+                "rank": max(e.ranks.values()),
+                "license": licenses[e.name],
+                "proxies": len(read_proxies(e.folder, e.name)["rows"]),
+            }
+            for e in experts
+        ],
+        pool=[data.describe(source, job.data_dir, POOL) for source in job.recipe.pool_sources],
+        top_k=job.recipe.merge.top_k,
+        silent_tokens=config["router_excluded_token_ids"],
+        loss_table=tables.markdown(*tables.loss_rows(results)),
+        domain_table=tables.markdown(*tables.domain_rows(results)),
+        proxy_table=tables.markdown(*tables.proxy_rows(results["proxies"])) if results["proxies"] else "",
+        router=_describe_router(job.recipe, fitted),
+        recipe=cards.public_recipe(job.recipe),
+    )
+    (out / "README.md").write_text(card, encoding="utf-8")
+
+
+def _describe_router(recipe: Recipe, fitted: dict[str, Any]) -> str:
+    router = recipe.router
+    context = "the running mean of its prefix" if router.context == "prefix" else "no context"
+    lines = [f"Linear in each layer's FFN input, with {context}; started in closed form (`{router.start}`) from the proxies."]
+    for name, judged in fitted["held_out"].items():
+        lines.append(
+            f"- `{name}`: loss {judged['loss']:.4f} on held-out proxies, "
+            f"{judged['routing_accuracy']:.1%} of their tokens sent to their own expert"
+        )
+    if "kept" in fitted:
+        lines.append(f"\nKept: `{fitted['kept']}`, the better of the two on held-out proxies.")
+    return "\n".join(lines)
+
+
+def _place_card(job: Job) -> None:
+    """Put the card beside the weights; by rename, as everything else."""
+    if not is_main_process():
+        return
+    card, target = job.workspace.folder("card") / "README.md", job.workspace.folder("model") / "README.md"
+    text = card.read_bytes()
+    if not target.is_file() or target.read_bytes() != text:
+        partial = target.with_name(".README.md.partial")
+        partial.write_bytes(text)
+        partial.replace(target)

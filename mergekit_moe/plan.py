@@ -1,0 +1,74 @@
+"""Check a recipe by what files and headers tell, and say what it will do; reads no weight."""
+
+import functools
+from collections.abc import Callable
+
+from mergekit_moe.architectures import architecture_of
+from mergekit_moe.checkpoint import read_config, shards_of
+from mergekit_moe.errors import DataError, MetaMoeError
+from mergekit_moe.job import POOL, Job
+from mergekit_moe.recipe import ExpertSource, Seed
+
+
+def plan(job: Job) -> list[tuple[str, str]]:
+    """Check all that files and headers can tell, without reading a weight; return what will be done.
+
+    Raises:
+        MetaMoeError: with every problem found, one a line.
+    """
+    problems: list[str] = []
+    lines: list[tuple[str, str]] = []
+
+    def attempt(look: Callable[[], list[tuple[str, str]]]) -> None:
+        try:
+            lines.extend(look())
+        except MetaMoeError as error:
+            problems.append(str(error))
+
+    attempt(lambda: _plan_base(job))
+    attempt(lambda: _plan_pool(job))
+    for expert in job.recipe.experts:
+        attempt(functools.partial(_plan_expert, job, expert))
+    if problems:
+        raise DataError("\n".join(problems))
+    settings = job.recipe
+    lines.append(("router", f"{settings.router.start}, context {settings.router.context}, top-{settings.merge.top_k}"))
+    lines.append(("workspace", str(job.workspace.root)))
+    return lines
+
+
+def _plan_base(job: Job) -> list[tuple[str, str]]:
+    if isinstance(job.recipe.base_model, Seed):
+        seed = job.recipe.base_model
+        return [("base", f"Llama, {seed.layers} layers of {seed.hidden_size}, to be trained on the pool")]
+    config = read_config(job.base.folder, "config.json", "base_model")
+    architecture_of(config, "base_model")
+    shards = shards_of(job.base.folder, "base_model")
+    size = sum((job.base.folder / shard).stat().st_size for shard in shards)
+    return [("base", f"{job.base.source} ({config['model_type']}, {size / 1e6:,.1f} MB, licence {job.base_license})")]
+
+
+def _plan_pool(job: Job) -> list[tuple[str, str]]:
+    budget, rows = job.recipe.selection.budget, len(job.pool)
+    if job.clients and budget > rows:
+        raise DataError(f"selection.budget is {budget} but {POOL} has only {rows} rows; lower it, or give a larger pool")
+    lines = [("public pool", f"{rows:,} rows")]
+    if job.clients:
+        lines.append(("proxies", f"{budget} a client, {job.recipe.selection.method}, by {job.embedder.source}"))
+    return lines
+
+
+def _plan_expert(job: Job, source: ExpertSource) -> list[tuple[str, str]]:
+    if source.client is not None:
+        private, held_out = job.rows(source)
+        assert private is not None and held_out is not None
+        if len(private) == 0 or len(held_out) == 0:
+            raise DataError(
+                f"expert '{source.name}': {len(private)} private and {len(held_out)} held-out rows are too few; give more, or a 'test'"
+            )
+        return [(f"expert {source.name}", f"to be trained on {len(private):,} private rows; {len(held_out):,} held out")]
+    expert = job.expert(source, compare_weights=not isinstance(job.recipe.base_model, Seed))
+    job.proxy_rows(expert)
+    job.rows(source)
+    pinned = f" at {expert.revision[:7]}" if expert.revision else ""
+    return [(f"expert {source.name}", f"{expert.source}{pinned}, rank {max(expert.ranks.values())}, licence {expert.license or 'unknown'}")]

@@ -1,0 +1,76 @@
+"""What a client publishes: a plain PEFT adapter, its proxies, routing statistics and a card, in one folder."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_moe.data import collate
+from mergekit_moe.experts import ABOUT, ADAPTER, ADAPTER_CONFIG, PROXIES, STATISTICS
+from mergekit_moe.workspace import write_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+_BATCH = 16
+
+
+def publish_expert(
+    aligned: Path, base: Path, *, about: dict[str, Any], proxies: dict[str, Any], proxy_tokens: "Dataset", out: Path
+) -> None:
+    """Assemble the folder that a client may publish. Nothing in it comes from a private row but the adapter.
+
+    Args:
+        aligned: the folder that `align_expert` wrote.
+        about: expert.json: name, base model and its fingerprint, licence, domain-free tokens.
+        proxies: proxies.json: the pool's fingerprint and the picked rows.
+        proxy_tokens: those rows, tokenised.
+    """
+    shutil.copyfile(aligned / ADAPTER, out / ADAPTER)
+    config = json.loads((aligned / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    # PEFT recorded the folder that the base was loaded from, which means nothing elsewhere.
+    write_json(out / ADAPTER_CONFIG, {**config, "base_model_name_or_path": about["base_model"], "revision": about["base_revision"]})
+    write_json(out / ABOUT, about)
+    write_json(out / PROXIES, proxies)
+    write_statistics(out, base, proxy_tokens, about["domain_free_token_ids"])
+
+
+def write_statistics(expert: Path, base: Path, proxy_tokens: "Dataset", silent_tokens: list[int]) -> None:
+    """Write the expert's routing statistics over its proxies, exact running sums over tokens.
+
+    For each layer: `count` (), `sum` (H,) and `sum_of_squares` (H,) of the FFN's input, float64, along the
+    expert's own path, without padding and without the domain-free tokens (MetaMoE, section 3.3: e_p is
+    their mean).
+    """
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import save_file
+
+    from mergekit_moe.models import adapter_silent_on, load_model
+
+    model = PeftModel.from_pretrained(load_model(base), str(expert)).eval()
+    feed_forwards = [m for name, m in model.named_modules() if name.endswith(".mlp")]
+    inputs: list[Tensor] = []
+    handles = [m.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for m in feed_forwards]
+    sums: dict[str, Tensor] = {}
+    with torch.no_grad(), adapter_silent_on(model, silent_tokens):
+        for start in range(0, len(proxy_tokens), _BATCH):
+            batch = collate([proxy_tokens[i] for i in range(start, min(start + _BATCH, len(proxy_tokens)))])
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            inputs.clear()
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            counted = batch["attention_mask"].bool()
+            counted &= ~torch.isin(batch["input_ids"], torch.tensor(silent_tokens, device=model.device))
+            for layer, hidden in enumerate(inputs):
+                tokens = hidden[counted].double().cpu()
+                for name, value in (
+                    ("count", torch.tensor(len(tokens), dtype=torch.float64)),
+                    ("sum", tokens.sum(0)),
+                    ("sum_of_squares", tokens.square().sum(0)),
+                ):
+                    key = f"layers.{layer}.{name}"
+                    sums[key] = sums[key] + value if key in sums else value
+    for handle in handles:
+        handle.remove()
+    save_file(sums, str(expert / STATISTICS))

@@ -1,0 +1,314 @@
+"""The recipe: what to unify, from what, and how. One YAML file, checked whole before any work starts."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mergekit_moe.errors import RecipeError
+
+InstalledText = Literal["library-source", "manual", "unicode-names", "licences"]
+
+
+class Spec(BaseModel):
+    """A part of the recipe: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key in values:
+                if key not in cls.model_fields:
+                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                    hint = f"did you mean '{near[0]}'?" if near else f"allowed are {', '.join(cls.model_fields)}"
+                    raise ValueError(f"unknown key '{key}'; {hint}")
+        return values
+
+
+class DataSource(Spec):
+    """Rows of text, and the templates that turn a row into a training example."""
+
+    dataset: str | None = None
+    """A .jsonl, .json, .csv, .parquet or .txt file (.gz too), a folder, or a Hub data set's id."""
+    installed: InstalledText | None = None
+    """Text that every Python installation carries, in place of `dataset`."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hub data set; pinned to the commit when it is read."""
+    split: str = "train"
+    where: dict[str, str | int | list[str | int]] = {}
+    """Keep the rows whose column has this value, or one of these values."""
+    text: str | None = None
+    """Template for plain text, such as `{text}`; every token of it is learnt."""
+    prompt: str | None = None
+    """Template for what is given; its tokens are masked in every loss."""
+    completion: str | None = None
+    """Template for what is learnt; required with `prompt`."""
+    chunk: int | None = Field(None, ge=50)
+    """Characters. Longer texts are split at line ends into rows of at most this size (plain text only)."""
+    id: str = "id"
+    """Column that names a row; the row's number where there is no such column."""
+    tag: str | None = None
+    """Column with a row's true domain, where one is known: only ever used to judge the selector."""
+    limit: int | None = Field(None, ge=1)
+    """Keep the first so many rows (after `where`)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.dataset is None) == (self.installed is None):
+            raise ValueError("give either 'dataset' or 'installed'")
+        if self.text is None and self.completion is None:
+            raise ValueError("give 'text', or 'prompt' and 'completion', as templates such as '{text}'")
+        if self.text is not None and (self.prompt is not None or self.completion is not None):
+            raise ValueError("give either 'text' or 'prompt' and 'completion', not both")
+        if self.chunk is not None and self.text is None:
+            raise ValueError("'chunk' splits plain text only; drop it, or use 'text'")
+        return self
+
+
+class Training(Spec):
+    """One run of the Trainer."""
+
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int = -1
+    """Optimizer steps, over all processes; when positive it wins over `epochs`."""
+    learning_rate: float = Field(1e-4, gt=0)
+    batch_size: int = Field(32, ge=1)
+    """Rows a step on each process, before gradient accumulation."""
+    gradient_accumulation: int = Field(1, ge=1)
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = 0.0
+    scheduler: str = "linear"
+    bf16: bool = False
+
+
+class Seed(Training):
+    """A small Llama and its tokenizer, trained on the public pool alone: for benchmarks and demonstrations."""
+
+    vocab_size: int = Field(2048, ge=300)
+    hidden_size: int = Field(128, ge=16)
+    intermediate_size: int = 384
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    max_length: int = Field(256, ge=16)
+    """Tokens; longer rows are cut."""
+    license: str = "other"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 * heads = {2 * self.heads}")
+        return self
+
+
+class Client(Spec):
+    """Data that stays with a client."""
+
+    private: DataSource
+    """What the client's expert is for. Read by `select` and `align`; never written anywhere."""
+    test: DataSource | None = None
+    """Held-out rows of the same domain, for `evaluate`; without it every tenth private row is held out."""
+    tag: str | None = None
+    """The pool's `tag` that fits this client, where it is known: only ever used to judge the selector."""
+
+
+class ExpertSource(Spec):
+    """One expert: published already (`source`), or trained here from a client's data (`client`)."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    source: str | None = None
+    """Folder, or Hub id, of a published expert."""
+    revision: str | None = None
+    client: Client | None = None
+    """Inline, or the path of a YAML file that holds it."""
+    test: DataSource | None = None
+    """Held-out rows for `evaluate`, for an expert that comes from a `source`."""
+    license: str | None = None
+    """Licence of the expert trained here; the base model's where not given."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.source is None) == (self.client is None):
+            raise ValueError(f"expert '{self.name}': give either 'source' or 'client'")
+        return self
+
+
+class Selection(Spec):
+    """How each client's proxies are picked from the public pool."""
+
+    method: Literal["dpp", "top-k", "random"] = "dpp"
+    budget: int = Field(500, ge=1)
+    """Proxies a client."""
+    candidates: int | None = Field(None, ge=1)
+    """Consider only the so many most relevant rows, as published (3000); by default the whole pool."""
+    alpha: float = Field(1.0, ge=0)
+    """Exponent on the relevance in the DPP kernel: higher favours relevance over diversity."""
+    epsilon: float = Field(0.1, ge=0)
+    """Nugget on the similarity kernel; 0 is the published objective, large is top-k."""
+    relevance: Literal["classifier"] = "classifier"
+    private_samples: int = Field(500, ge=10)
+    """At most so many private texts are embedded to fit the relevance classifier."""
+    duplicate_cosine: float = Field(0.95, gt=0, le=1)
+    """Pool rows at least this close to a private text are never picked: an id could tell of the text."""
+    embedder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Hub id, folder, or `package:NAME` for an installed package with a `get_model_path()`."""
+    embedder_max_length: int | None = Field(None, ge=8)
+    """Tokens; the embedder's own limit where not given."""
+
+
+class Alignment(Training):
+    """LoRA on the FFN projections, on a client's private rows and its proxies (METHOD: proxy-aligned expert)."""
+
+    epochs: float = Field(10.0, gt=0)
+    warmup_steps: int = Field(200, ge=0)
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    max_length: int = Field(512, ge=16)
+    """Tokens; longer rows are cut."""
+    proxies: bool = True
+    """Train on the proxies too; without them the expert doesn't know the text it is routed by."""
+    domain_free_bos: bool = True
+    """Switch the adapter off on BOS, which stands before every domain and so belongs to none."""
+
+
+class Merge(Spec):
+    """Experts to one MoE checkpoint."""
+
+    top_k: int = Field(1, ge=1)
+    renormalise: bool = True
+    """Divide the chosen experts' weights by their sum; False is Eq. 6 as published."""
+
+
+class RouterTraining(Training):
+    """Training of the router on the union of the proxies; the experts stay as they are."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    task_weight: float = Field(1.0, ge=0)
+    """Weight of the language-modelling loss, which reaches the router straight through."""
+    domain_weight: float = Field(1.0, ge=0)
+    """Weight of the cross-entropy to the expert whose proxy a token belongs to, averaged over layers."""
+
+
+class Router(Spec):
+    """How tokens find their expert."""
+
+    context: Literal["prefix", "none"] = "prefix"
+    context_weight: float = Field(0.95, gt=0, lt=1)
+    """Where lambda starts, in every layer."""
+    start: Literal["lda", "centroid"] = "lda"
+    """Closed form from the proxies: shrunk LDA on the feature that the router sees, or the mean vectors."""
+    shrinkage: float = Field(0.1, ge=0, le=1)
+    """Share of a scaled identity in the LDA's covariance."""
+    training: RouterTraining | None = RouterTraining()
+    """null keeps the closed form."""
+    max_length: int = Field(512, ge=16)
+    """Tokens of a proxy that are read."""
+
+
+class Evaluation(Spec):
+    """Held-out losses of the seed, each expert, the plain average and the unified model."""
+
+    max_rows: int = Field(500, ge=1)
+    """Rows a domain, the first ones."""
+    max_length: int = Field(512, ge=16)
+    batch_size: int = Field(16, ge=1)
+
+
+class Card(Spec):
+    """What the model card says that no file can tell."""
+
+    license: str | None = None
+    """Licence of the unified model; the inputs' own where they agree."""
+    language: list[str] = []
+
+
+class Recipe(Spec):
+    """One merge, from the clients' data to the model card."""
+
+    base_model: str | Seed
+    """Folder or Hub id of the seed model; or the settings of a small one to be trained on the pool."""
+    revision: str | None = None
+    public_pool: DataSource | list[DataSource]
+    experts: list[ExpertSource] = Field(min_length=2)
+    data_dir: str = "."
+    """Where relative data paths start; itself relative to the recipe."""
+    seed: int = 0
+    """Seeds everything random."""
+    selection: Selection = Selection()
+    alignment: Alignment = Alignment()
+    merge: Merge = Merge()
+    router: Router = Router()
+    evaluation: Evaluation = Evaluation()
+    card: Card = Card()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [expert.name for expert in self.experts]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"expert name '{twice[0]}' is used more than once; give each expert its own")
+        if self.merge.top_k > len(names):
+            raise ValueError(f"merge.top_k is {self.merge.top_k} but there are {len(names)} experts; lower it")
+        return self
+
+    @property
+    def pool_sources(self) -> list[DataSource]:
+        return self.public_pool if isinstance(self.public_pool, list) else [self.public_pool]
+
+
+def load_recipe(path: Path, data_dir: Path | None = None) -> Recipe:
+    """Read and check a recipe; `data_dir` on the command line wins over the recipe's.
+
+    Raises:
+        RecipeError: naming the file and every field that is wrong.
+    """
+    values = _read_yaml(path)
+    for expert in values.get("experts") or []:
+        if isinstance(expert, dict) and isinstance(expert.get("client"), str):
+            expert["client"] = _read_yaml(path.parent / expert["client"])
+    values["data_dir"] = str(data_dir or path.parent / str(values.get("data_dir", ".")))
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{path}: {_sentence(e)}" for e in _relevant(error.errors()))) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file; give the path of a recipe") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}; give the path of a recipe") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a YAML mapping that starts with base_model, public_pool and experts")
+    return values
+
+
+def _relevant(errors: list[Any]) -> list[Any]:
+    """Of a field that may be one of two things, keep the errors of the one that was meant."""
+    unions = {"Seed": dict, "DataSource": dict, "str": str, "list[DataSource]": list}
+    kept = []
+    for error in errors:
+        branch = next((part for part in error["loc"] if part in unions), None)
+        wrong_type = error["type"] in ("string_type", "list_type", "model_type")
+        if branch is not None and wrong_type and len(errors) > 1:
+            continue
+        kept.append(error)
+    return kept or errors
+
+
+def _sentence(error: Any) -> str:
+    branches = ("Seed", "DataSource", "str", "list[DataSource]")
+    where = ".".join(str(part) for part in error["loc"] if part not in branches)
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        message = "is required"
+    elif error["type"] != "value_error":
+        message = f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
+    return f"{where}: {message}" if where else message

@@ -1,0 +1,82 @@
+"""One pass over the proxies: the sums that closed-form routers are made of.
+
+Shapes: L layers, K experts, H hidden.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mergekit_moe.data import collate
+from mergekit_moe.modeling.modeling_metamoe import mean_of, prefix_sums
+from mergekit_moe.models import RouterCall, recorded_routers, routers_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class RoutingStatistics:
+    """Exact running sums over routed tokens, float64; the sum of two passes is the pass over both."""
+
+    count: Tensor
+    """(K,) tokens of each expert's proxies; the same in every layer."""
+    total: Tensor
+    """(L, K, H) sums of the router's feature."""
+    gram: Tensor
+    """(L, H, H) sums of its outer products, over all experts."""
+
+
+def router_feature(call: RouterCall, context_weight: float) -> Tensor:
+    """Return what the router is linear in, (B, T, H) float32: the FFN's input blended with its prefix mean."""
+    hidden = call.hidden.float()
+    if context_weight == 0.0:
+        return hidden
+    return torch.lerp(hidden, mean_of(prefix_sums(hidden, call.routing)), context_weight)
+
+
+@torch.no_grad()
+def gather_statistics(
+    model: "PreTrainedModel", proxies: "Dataset", *, context_weight: float, batch_size: int
+) -> RoutingStatistics:
+    """Send every proxy down its own expert's path and sum up what the routers would see there.
+
+    Args:
+        proxies: tokenised rows with a column `expert`, the number of the expert whose proxy it is.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import reduce
+
+    state = PartialState()
+    layers, (experts, size) = len(routers_of(model)), routers_of(model)[0].weight.shape
+    sums = RoutingStatistics(
+        count=torch.zeros(experts, dtype=torch.float64, device=model.device),
+        total=torch.zeros(layers, experts, size, dtype=torch.float64, device=model.device),
+        gram=torch.zeros(layers, size, size, dtype=torch.float64, device=model.device),
+    )
+    mine = range(state.process_index, len(proxies), state.num_processes)
+    with recorded_routers(model) as calls:
+        for start in range(0, len(mine), batch_size):
+            batch = collate([proxies[i] for i in mine[start : start + batch_size]])
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                forced_expert=batch["expert"],
+                use_cache=False,
+            )
+            _add(sums, calls, batch["expert"], context_weight)
+    return RoutingStatistics(*(reduce(t, "sum").cpu() for t in (sums.count, sums.total, sums.gram)))
+
+
+def _add(sums: RoutingStatistics, calls: list[RouterCall], expert: Tensor, context_weight: float) -> None:
+    routed = calls[0].routing.token_mask
+    owner = expert[:, None].expand_as(routed)[routed]
+    sums.count += torch.bincount(owner, minlength=len(sums.count))
+    for layer, call in enumerate(calls):
+        features = router_feature(call, context_weight)[routed].double()
+        sums.total[layer].index_add_(0, owner, features)
+        sums.gram[layer] += features.T @ features

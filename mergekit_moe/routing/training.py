@@ -1,0 +1,166 @@
+"""Fit the routers on the union of the proxies; experts and everything else stay as they are."""
+
+import copy
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Trainer
+
+from mergekit_moe.checkpoint import INDEX, read_config
+from mergekit_moe.data import collate
+from mergekit_moe.models import RouterCall, load_model, recorded_routers, routers_of
+from mergekit_moe.recipe import Router, RouterTraining
+from mergekit_moe.routing import start
+from mergekit_moe.routing.statistics import gather_statistics
+from mergekit_moe.training import train
+from mergekit_moe.workspace import MANIFEST, is_main_process, write_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+_BATCH = 16
+
+
+def domain_loss(calls: list[RouterCall], expert: Tensor) -> Tensor:
+    """Cross-entropy of every routed token to the expert whose proxy it belongs to, averaged over layers.
+
+    Args:
+        expert: (B,) numbers of the experts.
+    """
+    routed = calls[0].routing.token_mask
+    owner = expert[:, None].expand_as(routed)[routed]
+    return torch.stack([F.cross_entropy(call.logits[routed], owner) for call in calls]).mean()
+
+
+class RouterTrainer(Trainer):
+    """Trainer whose loss reaches the routers twice: by the task, straight through, and by the domain."""
+
+    def __init__(self, *args: Any, settings: RouterTraining, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings = settings
+        # The loss below is a mean over the batch: the Trainer must divide it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
+        inputs = dict(inputs)
+        expert = inputs.pop("expert")
+        with recorded_routers(model) as calls:
+            outputs = model(**inputs, use_cache=False)
+        loss = self.settings.task_weight * outputs.loss + self.settings.domain_weight * domain_loss(calls, expert)
+        return (loss, outputs) if return_outputs else loss
+
+
+def fit_routers(
+    merged: Path, proxies: "Dataset", settings: Router, *, published: dict[str, Tensor], seed: int, out: Path
+) -> None:
+    """Write the unified model with fitted routers to the folder `out`.
+
+    Args:
+        merged: the folder that `merge_experts` wrote.
+        proxies: tokenised union of the proxies, with a column `expert`.
+        published: the clients' own statistics, `count` (K,) and `sum` (L, K, H), for the centroid start.
+    """
+    model = load_model(merged)
+    learnt, held_out = _hold_out(proxies)
+    _start(model, learnt, settings, published)
+    report: dict[str, Any] = {"start": settings.start, "held_out": {settings.start: judge(model, held_out)}}
+    if settings.training is not None:
+        closed_form = copy.deepcopy([router.state_dict() for router in routers_of(model)])
+        report["log"] = train_routers(model, learnt, settings.training, seed=seed, folder=out)
+        report["held_out"]["trained"] = judge(model, held_out)
+        # Training after a merge can make it worse; held-out proxies decide, and the report says so.
+        better = report["held_out"]["trained"]["loss"] <= report["held_out"][settings.start]["loss"]
+        report["kept"] = "trained" if better else settings.start
+        if not better:
+            for router, state in zip(routers_of(model), closed_form, strict=True):
+                router.load_state_dict(state)
+    if is_main_process():
+        _write(model, merged, out)
+        write_json(out / "router_training.json", report)
+
+
+def train_routers(
+    model: "PreTrainedModel", proxies: "Dataset", settings: RouterTraining, *, seed: int, folder: Path
+) -> list[dict[str, float]]:
+    """Train the routers' rows, biases and context weights in place, and nothing else; return the log."""
+    model.requires_grad_(False)
+    for router in routers_of(model):
+        router.requires_grad_(True)
+    return train(
+        model,
+        proxies,
+        settings,
+        seed=seed,
+        folder=folder,
+        trainer=lambda **kwargs: RouterTrainer(settings=settings, **kwargs),
+    )
+
+
+@torch.no_grad()
+def judge(model: "PreTrainedModel", proxies: "Dataset") -> dict[str, float]:
+    """Return the loss in nats a token, and the share of tokens sent to their own expert, over all layers."""
+    model.eval()
+    loss = tokens = right = routed_tokens = 0.0
+    with recorded_routers(model) as calls:
+        for first in range(0, len(proxies), _BATCH):
+            batch = collate([proxies[i] for i in range(first, min(first + _BATCH, len(proxies)))])
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            expert = batch.pop("expert")
+            labels = int((batch["labels"][:, 1:] >= 0).sum())
+            loss += float(model(**batch, use_cache=False).loss) * labels
+            tokens += labels
+            routed = calls[0].routing.token_mask
+            for call in calls:
+                right += int((call.logits.argmax(-1) == expert[:, None])[routed].sum())
+                routed_tokens += int(routed.sum())
+    return {"loss": loss / tokens, "routing_accuracy": right / routed_tokens}
+
+
+def _hold_out(proxies: "Dataset") -> tuple["Dataset", "Dataset"]:
+    rows = range(len(proxies))
+    return proxies.select([i for i in rows if i % 10]), proxies.select([i for i in rows if i % 10 == 0])
+
+
+def _start(model: "PreTrainedModel", proxies: "Dataset", settings: Router, published: dict[str, Tensor]) -> None:
+    """Set every router to its closed form."""
+    if settings.start == "centroid":
+        weights, biases = start.centroid(published["count"], published["sum"])
+    else:
+        context_weight = settings.context_weight if settings.context != "none" else 0.0
+        statistics = gather_statistics(model, proxies, context_weight=context_weight, batch_size=_BATCH)
+        weights, biases = start.lda(statistics, settings.shrinkage)
+    with torch.no_grad():
+        for router, weight, bias in zip(routers_of(model), weights, biases, strict=True):
+            router.weight.copy_(weight)
+            router.bias.copy_(bias)
+            if router.context_logit is not None:
+                router.context_logit.fill_(math.log(settings.context_weight / (1.0 - settings.context_weight)))
+
+
+def _write(model: "PreTrainedModel", merged: Path, out: Path) -> None:
+    """Write `merged` with new routers: every other file is the same one on disk (a hard link where possible)."""
+    from safetensors.torch import save_file
+
+    weight_map = read_config(merged, INDEX, "merge")["weight_map"]
+    (shard,) = {file for tensor, file in weight_map.items() if ".router." in tensor}
+    names = {tensor for tensor, file in weight_map.items() if file == shard}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in names}
+    assert state.keys() == names
+    for file in merged.iterdir():
+        if file.name not in (shard, MANIFEST):
+            _link(file, out / file.name)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, str(out / shard), metadata={"format": "pt"})
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

@@ -1,0 +1,55 @@
+"""One way to train: the transformers Trainer, quiet, seeded, and the same under `accelerate launch`."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_moe.data import collate
+from mergekit_moe.recipe import Training
+from mergekit_moe.workspace import is_main_process, wait_for_everyone
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+
+def train(
+    model: "PreTrainedModel", rows: "Dataset", settings: Training, *, seed: int, folder: Path, trainer: Any = None
+) -> list[dict[str, float]]:
+    """Train `model` in place on tokenised rows; return the log, one entry about every twentieth of the way.
+
+    Args:
+        rows: columns `input_ids` and `labels`, and whatever else the trainer's loss reads.
+        folder: where the Trainer may put its own files while it runs.
+        trainer: a subclass of Trainer with another loss.
+    """
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    set_seed(seed)
+    scratch = folder / "trainer"
+    arguments = TrainingArguments(
+        output_dir=str(scratch),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        learning_rate=settings.learning_rate,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type=settings.scheduler,
+        bf16=settings.bf16,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=0.05,
+        seed=seed,
+        data_seed=seed,
+    )
+    run = (trainer or Trainer)(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    run.train()
+    wait_for_everyone()
+    if is_main_process():
+        shutil.rmtree(scratch, ignore_errors=True)
+    return [entry for entry in run.state.log_history if "loss" in entry]

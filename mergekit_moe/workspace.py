@@ -1,0 +1,152 @@
+"""Where a run's results lie: one folder a stage, complete or not there at all, skipped while nothing changed."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mergekit_moe import __version__
+from mergekit_moe.errors import WorkspaceError
+
+MANIFEST = "manifest.json"
+_VERSIONED = ("torch", "transformers", "peft", "sentence-transformers", "scikit-learn")
+
+
+def is_main_process() -> bool:
+    """True in the one process of `accelerate launch` that writes files."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def wait_for_everyone() -> None:
+    """Let every process of `accelerate launch` arrive here before any goes on."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class Workspace:
+    """A run's folder.
+
+    Each stage folder holds a manifest: its inputs (recipe section, upstream digests, seed, versions) and
+    the sha256 of its files. It names no path, user or machine, so it can be published as it is.
+    """
+
+    def __init__(self, root: Path, report: Callable[[str], None] = lambda line: None) -> None:
+        self.root = root
+        self.report = report
+
+    def folder(self, name: str) -> Path:
+        return self.root / name
+
+    def is_current(self, name: str, inputs: dict[str, Any]) -> bool:
+        """True if the stage's folder was made from exactly these inputs and still has its files."""
+        folder = self.folder(name)
+        manifest = _manifest(folder)
+        if manifest is None or manifest["inputs"] != self._complete(inputs):
+            return False
+        return all(
+            (folder / file).is_file() and (folder / file).stat().st_size == facts["size"]
+            for file, facts in manifest["outputs"].items()
+        )
+
+    def build(self, name: str, inputs: dict[str, Any], make: Callable[[Path], None]) -> Path:
+        """Return the stage's folder, made anew by `make(folder)` unless it is current.
+
+        It is made under a temporary name and renamed when whole: a killed run leaves the old folder or
+        none. All processes of `accelerate launch` run `make`; the main one moves the folder.
+
+        Raises:
+            WorkspaceError: if something that is no stage folder of ours stands in the way.
+        """
+        folder = self.folder(name)
+        if self.is_current(name, inputs):
+            self.report(f"{name}: up to date")
+            wait_for_everyone()
+            return folder
+        if folder.exists() and _manifest(folder) is None and (not folder.is_dir() or any(folder.iterdir())):
+            raise WorkspaceError(
+                f"{folder} is not empty and was not made by mergekit_moe; choose another --workspace, or move it away"
+            )
+        self.report(f"{name}: building")
+        partial = folder.with_name(f".{folder.name}.partial")
+        if is_main_process():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        wait_for_everyone()
+        try:
+            make(partial)
+        except BaseException:
+            if is_main_process():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        wait_for_everyone()
+        if is_main_process():
+            _write_manifest(partial, self._complete(inputs))
+            _replace(folder, partial)
+        wait_for_everyone()
+        return folder
+
+    def digest_of(self, name: str, command: str) -> str:
+        """Return the digest of an upstream stage's outputs.
+
+        Raises:
+            WorkspaceError: if that stage hasn't run; `command` says what would run it.
+        """
+        manifest = _manifest(self.folder(name))
+        if manifest is None:
+            raise WorkspaceError(f"{self.folder(name)} does not exist yet; run `metamoe {command}` on this recipe first")
+        return digest({file: facts["sha256"] for file, facts in manifest["outputs"].items()})
+
+    def _complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        versions = {package: metadata.version(package) for package in _VERSIONED}
+        # Through JSON, so that what is compared is what is stored.
+        return json.loads(json.dumps({**inputs, "versions": {"mergekit_moe": __version__, **versions}}))
+
+
+def _manifest(folder: Path) -> Any:
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and {"inputs", "outputs"} <= manifest.keys() else None
+
+
+def _write_manifest(folder: Path, inputs: dict[str, Any]) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    outputs = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files
+    }
+    write_json(folder / MANIFEST, {"inputs": inputs, "outputs": outputs})
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    """Put `partial` in the place of `folder`: two renames, and never a moment with half a folder."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
