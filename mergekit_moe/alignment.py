@@ -32,7 +32,9 @@ def align_expert(base: Path, rows: "Dataset", settings: Alignment, *, name: str,
     tokenizer = load_tokenizer(base)
     tokens = tokenize(rows, tokenizer, settings.max_length)
     if len(tokens) == 0:
-        raise DataError(f"expert '{name}': no row has a token to learn within alignment.max_length {settings.max_length}")
+        raise DataError(
+            f"expert '{name}': no row has a token to learn within alignment.max_length {settings.max_length}"
+        )
     architecture = architecture_of(read_config(base, "config.json", "base_model"), "base_model")
     set_seed(seed)
     model = get_peft_model(

@@ -34,7 +34,8 @@ ARCHITECTURES = {
     "qwen2": _gated("Qwen2"),
     "qwen3": _gated("Qwen3"),
 }
-"""`model_type` -> architecture. A new family is one line here, one in modeling/configuration_metamoe.py and a test fixture."""
+"""`model_type` -> architecture. A new family is one line here, one in modeling/configuration_metamoe.py
+and one fixture in the tests."""
 
 
 def architecture_of(config: dict[str, Any], what: str) -> Architecture:

@@ -1,7 +1,7 @@
 """Rows of text from files, folders, the Hub or the Python installation, and their tokens."""
 
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,9 @@ def load_rows(sources: Sequence[DataSource], data_dir: Path, what: str) -> "Data
     for source in sources:
         taken = list(_rows_of(source, data_dir, what))
         if not taken:
-            raise DataError(f"{what}: {_name(source)} has no row with text in it; check 'where', 'split' and the templates")
+            raise DataError(
+                f"{what}: {_name(source)} has no row with text in it; check 'where', 'split' and the templates"
+            )
         rows.extend(taken)
     return Dataset.from_list(rows)
 
@@ -110,6 +112,16 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, "torch.Tensor"]:
     return batch
 
 
+def batches(
+    rows: "Dataset", batch_size: int, device: Any, places: Sequence[int] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield collated batches on `device`, of all rows in their order or of those at `places`."""
+    places = range(len(rows)) if places is None else places
+    for first in range(0, len(places), batch_size):
+        batch = collate([rows[i] for i in places[first : first + batch_size]])
+        yield {key: value.to(device) for key, value in batch.items()}
+
+
 def _rows_of(source: DataSource, data_dir: Path, what: str) -> Iterable[dict[str, str]]:
     raw = _load(source, data_dir, what)
     for column in [*source.where, *([source.tag] if source.tag else [])]:
@@ -151,15 +163,18 @@ def _load(source: DataSource, data_dir: Path, what: str) -> "Dataset":
         if builder is None:
             return load_dataset(str(path), split=source.split)
         return load_dataset(builder, data_files=[str(path)], split="train")
-    except (DatasetGenerationError, ValueError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+    except (DatasetGenerationError, ValueError, StopIteration) as error:  # the last: nothing in the file
+        reason = " ".join(str(error.__cause__ or error).split()) or "it is empty"
         raise DataError(f"{what}: {_name(source)} can't be read: {reason}") from None
 
 
 def _builder(path: Path, what: str) -> str:
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix not in _BUILDERS:
-        raise DataError(f"{what}: {path.name} is of no known kind; allowed are {', '.join(_BUILDERS)} (.gz too), a folder or a Hub id")
+        raise DataError(
+            f"{what}: {path.name} is of no known kind; "
+            f"allowed are {', '.join(_BUILDERS)} (.gz too), a folder or a Hub id"
+        )
     return _BUILDERS[suffix]
 
 

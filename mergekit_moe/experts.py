@@ -17,7 +17,7 @@ ABOUT = "expert.json"
 
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.(?P<projection>\w+)\.lora_(?P<factor>[AB])\.weight")
 # What a merge of factored experts can't carry yet, and the value that each may have.
-_PLAIN = {
+_PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "use_dora": (False, None),
     "lora_bias": (False, None),
@@ -99,11 +99,14 @@ def read_proxies(folder: Path, name: str) -> dict[str, Any]:
 
 def _require_plain_lora(config: dict[str, Any], what: str) -> None:
     if config.get("peft_type") != "LORA":
-        raise ExpertError(f"{what}: {ADAPTER_CONFIG} says peft_type {config.get('peft_type')!r}; only LORA can be merged")
+        raise ExpertError(
+            f"{what}: {ADAPTER_CONFIG} says peft_type {config.get('peft_type')!r}; only LORA can be merged"
+        )
     for field, allowed in _PLAIN.items():
         if field in config and config[field] not in allowed:
             raise ExpertError(
-                f"{what}: {ADAPTER_CONFIG} has {field} = {config[field]!r}, which can't be merged yet; only plain LoRA can"
+                f"{what}: {ADAPTER_CONFIG} has {field} = {config[field]!r}, which can't be merged yet; "
+                "only plain LoRA can"
             )
 
 
@@ -119,7 +122,8 @@ def _ranks(header: dict[str, Any], base_config: dict[str, Any], what: str) -> di
         if match is None or match["projection"] not in sizes or match["path"] not in expected_paths:
             raise ExpertError(
                 f"{what}: {ADAPTER} holds {key}, which is no FFN projection of the base "
-                f"({len(expected_paths)} layers, {', '.join(sizes)}); only FFN adapters of the recipe's base can be merged"
+                f"({len(expected_paths)} layers, {', '.join(sizes)}); "
+                "only FFN adapters of the recipe's base can be merged"
             )
         projection, factor, shape = match["projection"], match["factor"], tensor["shape"]
         rank = shape[0] if factor == "A" else shape[1]
@@ -132,7 +136,10 @@ def _ranks(header: dict[str, Any], base_config: dict[str, Any], what: str) -> di
                 "use the same base_model, or drop the expert"
             )
         if ranks.setdefault(projection, rank) != rank:
-            raise ExpertError(f"{what}: {projection} has rank {ranks[projection]} in one layer and {rank} in another, which can't be merged yet")
+            raise ExpertError(
+                f"{what}: {projection} has rank {ranks[projection]} in one layer and {rank} in "
+                "another, which can't be merged yet"
+            )
         seen.add((match["path"], projection, factor))
     missing = [
         lora_key(path, projection, factor)
@@ -142,5 +149,8 @@ def _ranks(header: dict[str, Any], base_config: dict[str, Any], what: str) -> di
         if (path, projection, factor) not in seen
     ]
     if not ranks or missing:
-        raise ExpertError(f"{what}: {ADAPTER} lacks {missing[0] if missing else 'any LoRA matrix'}; every layer's FFN must have its own")
+        raise ExpertError(
+            f"{what}: {ADAPTER} lacks {missing[0] if missing else 'any LoRA matrix'}; "
+            "every layer's FFN must have its own"
+        )
     return ranks

@@ -92,5 +92,7 @@ def _commit(info: Any, source: str, revision: str | None, what: str, error: type
     except OfflineModeIsEnabled:
         reason = "is no folder here, and offline mode keeps it from being looked up on the Hub; unset HF_HUB_OFFLINE"
     except HTTPError as failure:
-        reason = f"is no folder here, and the Hub did not answer ({type(failure).__name__}); check the path, or try again"
+        reason = (
+            f"is no folder here, and the Hub did not answer ({type(failure).__name__}); check the path, or try again"
+        )
     raise error(f"{what}: {source} {reason}")

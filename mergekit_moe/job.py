@@ -119,7 +119,8 @@ class Job:
         if proxies["pool"]["fingerprint"] != self.pool_fingerprint:
             raise ExpertError(
                 f"expert '{expert.name}': its proxies were picked from another pool "
-                f"({', '.join(proxies['pool']['sources'])}) than the recipe's public_pool; use the same pool and templates"
+                f"({', '.join(proxies['pool']['sources'])}) than the recipe's public_pool; "
+                "use the same pool and templates"
             )
         return self.pool.select(proxies["rows"])
 

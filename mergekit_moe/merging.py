@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CODE = ("configuration_metamoe.py", "modeling_metamoe.py")
-_PASSED_THROUGH = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja", "generation_config.json")
+_PASSED_THROUGH = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+    "generation_config.json",
+)
 
 
 def merge_experts(base: Path, experts: list[Expert], merge: Merge, router: Router, *, out: Path) -> None:

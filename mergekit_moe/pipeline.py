@@ -62,6 +62,7 @@ def steps(job: Job) -> Iterator[Step]:
     """Yield the steps in order. Each is made before the next is asked for, so inputs may read its folder."""
     recipe, seed = job.recipe, {"seed": job.recipe.seed}
     pool = {"pool": job.pool_fingerprint}
+    inputs: dict[str, Any]
     if job.clients:
         yield Step("select", "embeddings", pool | job.embedder_identity(), lambda out: _embed_pool(job, out))
     for client in job.clients:
@@ -70,9 +71,7 @@ def steps(job: Job) -> Iterator[Step]:
             "embeddings": job.workspace.digest_of("embeddings", "select"),
             "private": job.data_fingerprint(client),
         }
-        yield Step(
-            "select", f"proxies/{client.name}", inputs | seed, functools.partial(_select, job, client)
-        )
+        yield Step("select", f"proxies/{client.name}", inputs | seed, functools.partial(_select, job, client))
     if isinstance(recipe.base_model, Seed):
         inputs = {"model": recipe.base_model.model_dump(mode="json")}
         yield Step("seed", "seed", inputs | pool | seed, lambda out: _train_seed(job, out), distributed=True)
@@ -324,7 +323,9 @@ def _write_card(job: Job, out: Path) -> None:
 def _describe_router(recipe: Recipe, fitted: dict[str, Any]) -> str:
     router = recipe.router
     context = "the running mean of its prefix" if router.context == "prefix" else "no context"
-    lines = [f"Linear in each layer's FFN input, with {context}; started in closed form (`{router.start}`) from the proxies."]
+    lines = [
+        f"Linear in each layer's FFN input, with {context}; started in closed form (`{router.start}`) from the proxies."
+    ]
     for name, judged in fitted["held_out"].items():
         lines.append(
             f"- `{name}`: loss {judged['loss']:.4f} on held-out proxies, "

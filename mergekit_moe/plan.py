@@ -51,7 +51,9 @@ def _plan_base(job: Job) -> list[tuple[str, str]]:
 def _plan_pool(job: Job) -> list[tuple[str, str]]:
     budget, rows = job.recipe.selection.budget, len(job.pool)
     if job.clients and budget > rows:
-        raise DataError(f"selection.budget is {budget} but {POOL} has only {rows} rows; lower it, or give a larger pool")
+        raise DataError(
+            f"selection.budget is {budget} but {POOL} has only {rows} rows; lower it, or give a larger pool"
+        )
     lines = [("public pool", f"{rows:,} rows")]
     if job.clients:
         lines.append(("proxies", f"{budget} a client, {job.recipe.selection.method}, by {job.embedder.source}"))
@@ -64,11 +66,19 @@ def _plan_expert(job: Job, source: ExpertSource) -> list[tuple[str, str]]:
         assert private is not None and held_out is not None
         if len(private) == 0 or len(held_out) == 0:
             raise DataError(
-                f"expert '{source.name}': {len(private)} private and {len(held_out)} held-out rows are too few; give more, or a 'test'"
+                f"expert '{source.name}': {len(private)} private and {len(held_out)} "
+                "held-out rows are too few; give more, or a 'test'"
             )
-        return [(f"expert {source.name}", f"to be trained on {len(private):,} private rows; {len(held_out):,} held out")]
+        return [
+            (f"expert {source.name}", f"to be trained on {len(private):,} private rows; {len(held_out):,} held out")
+        ]
     expert = job.expert(source, compare_weights=not isinstance(job.recipe.base_model, Seed))
     job.proxy_rows(expert)
     job.rows(source)
     pinned = f" at {expert.revision[:7]}" if expert.revision else ""
-    return [(f"expert {source.name}", f"{expert.source}{pinned}, rank {max(expert.ranks.values())}, licence {expert.license or 'unknown'}")]
+    return [
+        (
+            f"expert {source.name}",
+            f"{expert.source}{pinned}, rank {max(expert.ranks.values())}, licence {expert.license or 'unknown'}",
+        )
+    ]

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_moe.data import collate
+from mergekit_moe.data import batches
 from mergekit_moe.experts import ABOUT, ADAPTER, ADAPTER_CONFIG, PROXIES, STATISTICS
 from mergekit_moe.workspace import write_json
 
@@ -30,7 +30,10 @@ def publish_expert(
     shutil.copyfile(aligned / ADAPTER, out / ADAPTER)
     config = json.loads((aligned / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     # PEFT recorded the folder that the base was loaded from, which means nothing elsewhere.
-    write_json(out / ADAPTER_CONFIG, {**config, "base_model_name_or_path": about["base_model"], "revision": about["base_revision"]})
+    write_json(
+        out / ADAPTER_CONFIG,
+        {**config, "base_model_name_or_path": about["base_model"], "revision": about["base_revision"]},
+    )
     write_json(out / ABOUT, about)
     write_json(out / PROXIES, proxies)
     write_statistics(out, base, proxy_tokens, about["domain_free_token_ids"])
@@ -55,9 +58,7 @@ def write_statistics(expert: Path, base: Path, proxy_tokens: "Dataset", silent_t
     handles = [m.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for m in feed_forwards]
     sums: dict[str, Tensor] = {}
     with torch.no_grad(), adapter_silent_on(model, silent_tokens):
-        for start in range(0, len(proxy_tokens), _BATCH):
-            batch = collate([proxy_tokens[i] for i in range(start, min(start + _BATCH, len(proxy_tokens)))])
-            batch = {key: value.to(model.device) for key, value in batch.items()}
+        for batch in batches(proxy_tokens, _BATCH, model.device):
             inputs.clear()
             model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             counted = batch["attention_mask"].bool()

@@ -2,10 +2,10 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from mergekit_moe.errors import RecipeError
 
@@ -229,10 +229,17 @@ class Card(Spec):
 class Recipe(Spec):
     """One merge, from the clients' data to the model card."""
 
-    base_model: str | Seed
+    base_model: Annotated[
+        Annotated[str, Tag("(name)")] | Annotated[Seed, Tag("(seed)")],
+        Discriminator(lambda value: "(seed)" if isinstance(value, dict | Seed) else "(name)"),
+    ]
     """Folder or Hub id of the seed model; or the settings of a small one to be trained on the pool."""
     revision: str | None = None
-    public_pool: DataSource | list[DataSource]
+    public_pool: Annotated[
+        Annotated[DataSource, Tag("(one)")] | Annotated[list[DataSource], Tag("(several)")],
+        Discriminator(lambda value: "(several)" if isinstance(value, list) else "(one)"),
+    ]
+    """One data set, or several taken together."""
     experts: list[ExpertSource] = Field(min_length=2)
     data_dir: str = "."
     """Where relative data paths start; itself relative to the recipe."""
@@ -273,7 +280,7 @@ def load_recipe(path: Path, data_dir: Path | None = None) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{path}: {_sentence(e)}" for e in _relevant(error.errors()))) from None
+        raise RecipeError("\n".join(f"{path}: {_sentence(e)}" for e in error.errors())) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -290,22 +297,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _relevant(errors: list[Any]) -> list[Any]:
-    """Of a field that may be one of two things, keep the errors of the one that was meant."""
-    unions = {"Seed": dict, "DataSource": dict, "str": str, "list[DataSource]": list}
-    kept = []
-    for error in errors:
-        branch = next((part for part in error["loc"] if part in unions), None)
-        wrong_type = error["type"] in ("string_type", "list_type", "model_type")
-        if branch is not None and wrong_type and len(errors) > 1:
-            continue
-        kept.append(error)
-    return kept or errors
-
-
 def _sentence(error: Any) -> str:
-    branches = ("Seed", "DataSource", "str", "list[DataSource]")
-    where = ".".join(str(part) for part in error["loc"] if part not in branches)
+    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith("("))
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         message = "is required"

@@ -117,7 +117,9 @@ class Workspace:
         """
         manifest = _manifest(self.folder(name))
         if manifest is None:
-            raise WorkspaceError(f"{self.folder(name)} does not exist yet; run `metamoe {command}` on this recipe first")
+            raise WorkspaceError(
+                f"{self.folder(name)} does not exist yet; run `metamoe {command}` on this recipe first"
+            )
         return digest({file: facts["sha256"] for file, facts in manifest["outputs"].items()})
 
     def _complete(self, inputs: dict[str, Any]) -> dict[str, Any]:

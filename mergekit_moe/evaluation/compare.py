@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from mergekit_moe.data import IGNORED, collate, tokenize
+from mergekit_moe.data import IGNORED, batches, tokenize
 from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
 from mergekit_moe.models import load_model, load_tokenizer, recorded_routers
 from mergekit_moe.recipe import Evaluation
@@ -49,7 +49,9 @@ def evaluate_models(
     """
     tokenizer = load_tokenizer(base)
     domains = [
-        d._replace(rows=tokenize(d.rows.select(range(min(len(d.rows), settings.max_rows))), tokenizer, settings.max_length))
+        d._replace(
+            rows=tokenize(d.rows.select(range(min(len(d.rows), settings.max_rows))), tokenizer, settings.max_length)
+        )
         for d in domains
     ]
     losses = {SEED: _losses(load_model(base), domains, settings)}
@@ -78,14 +80,10 @@ def row_losses(model: "PreTrainedModel", rows: "Dataset", batch_size: int) -> tu
     model.eval()
     sums: list[float] = []
     counts: list[int] = []
-    for first in range(0, len(rows), batch_size):
-        batch = collate([rows[i] for i in range(first, min(first + batch_size, len(rows)))])
-        batch = {key: value.to(model.device) for key, value in batch.items()}
+    for batch in batches(rows, batch_size, model.device):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         labels = batch["labels"][:, 1:]
-        each = F.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-        )
+        each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         sums += each.double().sum(1).tolist()
         counts += (labels != IGNORED).sum(1).tolist()
     return sums, counts
@@ -96,10 +94,8 @@ def routing_accuracy(model: "PreTrainedModel", domain: Domain, settings: Evaluat
     """Return the share of a domain's tokens that go to its own expert, by layer and over all."""
     metric = RoutingAccuracy()
     with recorded_routers(model) as calls:
-        for first in range(0, len(domain.rows), settings.batch_size):
-            batch = collate([domain.rows[i] for i in range(first, min(first + settings.batch_size, len(domain.rows)))])
-            ids, mask = (batch[key].to(model.device) for key in ("input_ids", "attention_mask"))
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        for batch in batches(domain.rows, settings.batch_size, model.device):
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             routed = calls[0].routing.token_mask
             for layer, call in enumerate(calls):
                 hits = int((call.logits.argmax(-1)[routed] == domain.expert).sum())

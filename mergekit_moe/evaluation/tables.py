@@ -2,7 +2,16 @@
 
 from typing import Any
 
-_LABELS = {"seed": "seed", "soup": "soup (plain average)", "unified": "**unified (ours)**", "own expert": "own expert alone"}
+_LABELS = {
+    "seed": "seed",
+    "soup": "soup (plain average)",
+    "unified": "**unified (ours)**",
+    "own expert": "own expert alone",
+}
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def loss_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -13,20 +22,20 @@ def loss_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for method, losses in results["methods"].items():
         mean = results["retention"][method]["mean"]
         label = _LABELS.get(method, f"expert {method}")
-        rows.append([label, *(f"{losses[d]['loss']:.4f}" for d in domains), f"{mean:.3f}"])
+        rows.append([label, *(f"{losses[d]['loss']:.4f}" for d in domains), _share(mean)])
     return header, rows
 
 
 def domain_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return (header, rows): what the unified model keeps of each domain's expert, and where its tokens go."""
-    header = ["domain", "retention", "routing accuracy", "lowest layer", "perplexity seed", "own expert", "unified"]
+    header = ["domain", "retention", "routing acc.", "lowest layer", "ppl seed", "ppl expert", "ppl unified"]
     rows = []
     for domain in results["domains"]:
         routing = results["routing"][domain]
         rows.append(
             [
                 domain,
-                f"{results['retention']['unified']['by_domain'][domain]:.3f}",
+                _share(results["retention"]["unified"]["by_domain"][domain]),
                 f"{routing['routing_accuracy']:.3f}",
                 f"{min(routing['routing_accuracy_by_layer']):.3f}",
                 *(f"{results['methods'][m][domain]['perplexity']:.2f}" for m in ("seed", "own expert", "unified")),

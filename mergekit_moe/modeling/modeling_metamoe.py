@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization
 from transformers.masking_utils import find_packed_sequence_indices
 
 from .configuration_metamoe import FAMILIES, PROJECTIONS, config_class
@@ -115,9 +116,7 @@ class ContextRouter(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32))
-        self.context_logit = (
-            nn.Parameter(torch.zeros((), dtype=torch.float32)) if context == "prefix" else None
-        )
+        self.context_logit = nn.Parameter(torch.zeros((), dtype=torch.float32)) if context == "prefix" else None
 
     def forward(self, hidden: Tensor, routing: Routing, cache_layer: Any = None) -> Tensor:
         """Return router logits, float32 (B, T, K), from the FFN's input (B, T, H)."""
@@ -134,9 +133,7 @@ class ContextRouter(nn.Module):
         return torch.lerp(scores, mean_of(sums), context_weight)
 
 
-def expert_weights(
-    logits: Tensor, routing: Routing, top_k: int, renormalise: bool
-) -> tuple[Tensor, Tensor]:
+def expert_weights(logits: Tensor, routing: Routing, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
     """Choose each token's experts and their weights.
 
     Args:
@@ -270,10 +267,10 @@ class MetaMoeMixin:
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ContextRouter):
             for parameter in module.parameters():
-                transformers.initialization.zeros_(parameter)
+                initialization.zeros_(parameter)
         elif isinstance(module, LowRank):
-            transformers.initialization.normal_(module.lora_A.weight, std=self.config.initializer_range)
-            transformers.initialization.zeros_(module.lora_B.weight)
+            initialization.normal_(module.lora_A.weight, std=self.config.initializer_range)
+            initialization.zeros_(module.lora_B.weight)
         else:
             super()._init_weights(module)
 
@@ -328,9 +325,7 @@ class MetaMoeModelMixin(MetaMoeMixin):
             **kwargs,
         )
 
-    def routed_tokens(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
+    def routed_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, mask: Tensor | None) -> Tensor:
         """Return (B, T) bool: True for tokens that are neither padding nor excluded from routing."""
         tokens = inputs_embeds[..., 0] if input_ids is None else input_ids
         routed = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mergekit_moe.data import collate
+from mergekit_moe.data import batches
 from mergekit_moe.modeling.modeling_metamoe import mean_of, prefix_sums
 from mergekit_moe.models import RouterCall, recorded_routers, routers_of
 
@@ -59,9 +59,7 @@ def gather_statistics(
     )
     mine = range(state.process_index, len(proxies), state.num_processes)
     with recorded_routers(model) as calls:
-        for start in range(0, len(mine), batch_size):
-            batch = collate([proxies[i] for i in mine[start : start + batch_size]])
-            batch = {key: value.to(model.device) for key, value in batch.items()}
+        for batch in batches(proxies, batch_size, model.device, mine):
             model(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],

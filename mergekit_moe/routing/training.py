@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from mergekit_moe.checkpoint import INDEX, read_config
-from mergekit_moe.data import collate
+from mergekit_moe.data import batches
 from mergekit_moe.models import RouterCall, load_model, recorded_routers, routers_of
 from mergekit_moe.recipe import Router, RouterTraining
 from mergekit_moe.routing import start
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BATCH = 16
+_SCALES = [2.0 ** (-i / 2) for i in range(21)]
 
 
 def domain_loss(calls: list[RouterCall], expert: Tensor) -> Tensor:
@@ -109,9 +110,7 @@ def judge(model: "PreTrainedModel", proxies: "Dataset") -> dict[str, float]:
     model.eval()
     loss = tokens = right = routed_tokens = 0.0
     with recorded_routers(model) as calls:
-        for first in range(0, len(proxies), _BATCH):
-            batch = collate([proxies[i] for i in range(first, min(first + _BATCH, len(proxies)))])
-            batch = {key: value.to(model.device) for key, value in batch.items()}
+        for batch in batches(proxies, _BATCH, model.device):
             expert = batch.pop("expert")
             labels = int((batch["labels"][:, 1:] >= 0).sum())
             loss += float(model(**batch, use_cache=False).loss) * labels
@@ -129,7 +128,7 @@ def _hold_out(proxies: "Dataset") -> tuple["Dataset", "Dataset"]:
 
 
 def _start(model: "PreTrainedModel", proxies: "Dataset", settings: Router, published: dict[str, Tensor]) -> None:
-    """Set every router to its closed form."""
+    """Set every router to its closed form, at the temperature that suits it."""
     if settings.start == "centroid":
         weights, biases = start.centroid(published["count"], published["sum"])
     else:
@@ -142,6 +141,36 @@ def _start(model: "PreTrainedModel", proxies: "Dataset", settings: Router, publi
             router.bias.copy_(bias)
             if router.context_logit is not None:
                 router.context_logit.fill_(math.log(settings.context_weight / (1.0 - settings.context_weight)))
+        for router, scale in zip(routers_of(model), best_scales(model, proxies), strict=True):
+            router.weight.mul_(scale)
+            router.bias.mul_(scale)
+
+
+@torch.no_grad()
+def best_scales(model: "PreTrainedModel", proxies: "Dataset") -> list[float]:
+    """Return, for each layer, the factor on the router's logits at which the domain loss is least.
+
+    Closed forms take a token's prefix means for independent evidence and come out far too sure. The
+    choice of experts doesn't change with the factor; that probabilities are not saturated lets the
+    task's gradient through.
+    """
+    model.eval()
+    losses = torch.zeros(len(routers_of(model)), len(_SCALES), dtype=torch.float64)
+    with recorded_routers(model) as calls:
+        for batch in batches(proxies, _BATCH, model.device):
+            expert = batch["expert"]
+            model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                forced_expert=expert,
+                use_cache=False,
+            )
+            routed = calls[0].routing.token_mask
+            owner = expert[:, None].expand_as(routed)[routed]
+            for layer, call in enumerate(calls):
+                for i, scale in enumerate(_SCALES):
+                    losses[layer, i] += float(F.cross_entropy(call.logits[routed] * scale, owner, reduction="sum"))
+    return [_SCALES[i] for i in losses.argmin(dim=1).tolist()]
 
 
 def _write(model: "PreTrainedModel", merged: Path, out: Path) -> None:
@@ -156,7 +185,9 @@ def _write(model: "PreTrainedModel", merged: Path, out: Path) -> None:
     for file in merged.iterdir():
         if file.name not in (shard, MANIFEST):
             _link(file, out / file.name)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, str(out / shard), metadata={"format": "pt"})
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in state.items()}, str(out / shard), metadata={"format": "pt"}
+    )
 
 
 def _link(source: Path, target: Path) -> None:

@@ -55,7 +55,8 @@ def greedy_map(
     log_quality_N = 2.0 * alpha * np.log(scores_N)
     residual = _Residual(features_ND, epsilon)
     taken_N = np.zeros(len(scores_N), dtype=bool)
-    rows, gains = [], []
+    rows: list[int] = []
+    gains: list[float] = []
     for _ in range(budget):
         if residual.exhausted(taken_N):
             residual = _Residual(features_ND, _NUGGET_PAST_RANK, already=rows)
@@ -63,7 +64,7 @@ def greedy_map(
         log_gain_N[taken_N] = -np.inf
         row = int(np.argmax(log_gain_N))
         rows.append(row)
-        gains.append(log_gain_N[row])
+        gains.append(float(log_gain_N[row]))
         taken_N[row] = True
         residual.condition_on(row)
     return Picks(np.array(rows, dtype=np.int64), np.array(gains))
@@ -102,6 +103,7 @@ class _Residual:
     """
 
     def __init__(self, features_ND: NDArray[np.float64], epsilon: float, already: list[int] | None = None) -> None:
+        self.matrix: NDArray[np.float64]
         self.features = features_ND
         self.epsilon = epsilon
         size = features_ND.shape[1]
@@ -110,7 +112,7 @@ class _Residual:
             self.variance = np.einsum("nd,nd->n", features_ND, features_ND)
             return
         picked = features_ND[already or []]
-        self.matrix = np.linalg.inv(epsilon * np.eye(size) + picked.T @ picked)
+        self.matrix = np.linalg.inv(epsilon * np.eye(size) + picked.T @ picked).astype(np.float64)
         self.variance = epsilon * (1.0 + np.einsum("nd,nd->n", features_ND @ self.matrix, features_ND))
 
     def log_variance(self) -> NDArray[np.float64]:

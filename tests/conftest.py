@@ -1,0 +1,104 @@
+"""Tiny models and data that every test builds for itself: nothing is downloaded."""
+
+import os
+
+# Before any Hugging Face import: a test that reaches for the network is a wrong test.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from mergekit_moe.modeling import FAMILIES, config_class, model_class
+from mergekit_moe.seed import train_tokenizer
+
+# Tiny products: a second thread costs more than it does.
+torch.set_num_threads(1)
+
+BOS, PAD, VOCAB = 1, 0, 97
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": BOS,
+    "eos_token_id": None,
+    "pad_token_id": PAD,
+}
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Give routers and LoRA factors values that matter; blank ones would let wrong code pass."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router" in name or "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+
+
+def tiny_moe(family: str, ranks: tuple[int, ...] = (2, 4, 3), **settings: Any) -> transformers.PreTrainedModel:
+    """Return a random MoE of `family`, an expert for each rank (0: an expert without any difference)."""
+    experts = [
+        {"name": f"e{i}", "scale": 1.5, "ranks": dict.fromkeys(PROJECTIONS, rank) if rank else {}}
+        for i, rank in enumerate(ranks)
+    ]
+    settings = {"router_excluded_token_ids": [BOS], **settings}
+    torch.manual_seed(0)
+    model = model_class(family, "ForCausalLM")(config_class(family)(**TINY, experts=experts, **settings)).eval()
+    randomise(model)
+    return model
+
+
+def tiny_dense(family: str = "Llama", seed: int = 0, **settings: Any) -> transformers.PreTrainedModel:
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(**{**TINY, **settings})
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def tokens(batch: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
+    """Return random (batch, length) ids that start with BOS."""
+    ids = torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+    ids[:, 0] = BOS
+    return ids
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path) -> Path:
+    """A dense Llama with a tokenizer, saved as anybody would save it."""
+    folder = tmp_path / "base"
+    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog 0123456789"] * 3, 300)
+    tiny_dense(vocab_size=len(tokenizer), eos_token_id=2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_adapter(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
+    """Save a random LoRA adapter of the base in `folder`, by PEFT itself."""
+    torch.manual_seed(seed)
+    plain = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6, "target_modules": list(PROJECTIONS)}
+    config = LoraConfig(**{**plain, **settings})
+    model = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
+    randomise(model, seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,0 +1,255 @@
+"""The model class, over every family: exact experts, causal context, caches, gradients."""
+
+import copy
+
+import pytest
+import torch
+from conftest import BOS, PAD, PROJECTIONS, tiny_dense, tiny_moe, tokens
+from transformers import PreTrainedModel
+
+from mergekit_moe.architectures import ARCHITECTURES
+from mergekit_moe.modeling import FAMILIES
+from mergekit_moe.modeling.modeling_metamoe import expert_weights
+from mergekit_moe.models import recorded_routers, routers_of
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    return model(ids, **kwargs).logits
+
+
+def fold(moe: PreTrainedModel, family: str, expert: int) -> PreTrainedModel:
+    """Return the dense model whose FFNs carry one expert's difference, folded in float64."""
+    dense = tiny_dense(family)
+    state = {k: v for k, v in moe.state_dict().items() if ".router." not in k and ".experts." not in k}
+    for layer in range(moe.config.num_hidden_layers):
+        block = f"model.layers.{layer}.mlp"
+        for projection in PROJECTIONS:
+            factors = moe.get_submodule(f"{block}.experts.{expert}.{projection}")
+            delta = factors.lora_B.weight.double() @ factors.lora_A.weight.double()
+            key = f"{block}.{projection}.weight"
+            state[key] = (state[key].double() + moe.config.experts[expert]["scale"] * delta).float()
+    dense.load_state_dict(state)
+    return dense
+
+
+def test_both_lists_of_families_agree() -> None:
+    assert {a.class_prefix: model_type for model_type, a in ARCHITECTURES.items()} == FAMILIES
+
+
+def test_a_pinned_expert_is_exactly_the_dense_expert(family: str) -> None:
+    moe, ids = tiny_moe(family, router_excluded_token_ids=[]), tokens()
+    for expert in range(3):
+        pinned = logits(moe, ids, forced_expert=torch.tensor([expert, expert]))
+        torch.testing.assert_close(pinned, logits(fold(moe, family, expert), ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_identical_experts_reproduce_the_dense_expert(family: str, top_k: int) -> None:
+    moe = tiny_moe(family, (4, 4, 4), num_experts_per_tok=top_k, router_excluded_token_ids=[])
+    for layer in moe.model.layers:
+        for expert in layer.mlp.experts:
+            expert.load_state_dict(layer.mlp.experts[0].state_dict())
+    torch.testing.assert_close(logits(moe, tokens()), logits(fold(moe, family, 0), tokens()), atol=1e-5, rtol=0)
+
+
+def test_experts_without_difference_reproduce_the_seed(family: str) -> None:
+    moe = tiny_moe(family, (0, 0))
+    dense = tiny_dense(family)
+    dense.load_state_dict({k: v for k, v in moe.state_dict().items() if ".router." not in k})
+    assert torch.equal(logits(moe, tokens()), logits(dense, tokens()))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_top_k_mixes_whole_ffns(top_k: int) -> None:
+    """Against the definition: sum of weight times the expert's own FFN, one expert at a time, float64."""
+    moe = tiny_moe("Llama", num_experts_per_tok=top_k).double()
+    block, hidden = moe.model.layers[1].mlp, torch.randn(2, 5, 32, dtype=torch.float64)
+    routing = _routing(torch.tensor([[True, True, True, False, True]] * 2))
+    block.call = (routing, None)
+    given = block(hidden)
+    weights, indices = expert_weights(block.router(hidden, routing), routing, top_k, True)
+    expected = torch.zeros_like(given)
+    for expert, factors in enumerate(block.experts):
+        scale = moe.config.experts[expert]["scale"]
+
+        def project(name: str, x: torch.Tensor, factors=factors, scale=scale) -> torch.Tensor:
+            low_rank = factors[name].lora_B.weight @ factors[name].lora_A.weight
+            return x @ (getattr(block, name).weight + scale * low_rank).T
+
+        ffn = project("down_proj", torch.nn.functional.silu(project("gate_proj", hidden)) * project("up_proj", hidden))
+        expected += ffn * (weights.double() * (indices == expert)).sum(-1, keepdim=True)
+    seeds = block.down_proj(block.act_fn(block.gate_proj(hidden)) * block.up_proj(hidden))
+    expected = torch.where(routing.token_mask.unsqueeze(-1), expected, seeds)
+    torch.testing.assert_close(given, expected, atol=1e-6, rtol=0)
+
+
+def test_changing_the_end_leaves_earlier_logits_alone(family: str) -> None:
+    moe, ids = tiny_moe(family), tokens()
+    changed = ids.clone()
+    changed[:, 5:] = 3
+    assert torch.equal(logits(moe, ids)[:, :5], logits(moe, changed)[:, :5])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(family: str, side: str) -> None:
+    moe, ids = tiny_moe(family), tokens()
+    pad, ones = torch.full((2, 4), PAD), torch.ones(2, 9, dtype=torch.long)
+    order = (lambda p, x: [p, x]) if side == "left" else (lambda p, x: [x, p])
+    padded, mask = torch.cat(order(pad, ids), 1), torch.cat(order(torch.zeros_like(pad), ones), 1)
+    given = logits(moe, padded, attention_mask=mask)
+    kept = given[:, 4:] if side == "left" else given[:, :9]
+    torch.testing.assert_close(kept, logits(moe, ids), atol=1e-5, rtol=0)
+
+
+def test_a_row_is_the_same_alone_and_in_a_batch(family: str) -> None:
+    moe, ids = tiny_moe(family), tokens(4)
+    together = logits(moe, ids)
+    for row in range(4):
+        torch.testing.assert_close(together[row : row + 1], logits(moe, ids[row : row + 1]), atol=1e-5, rtol=0)
+
+
+def test_packed_sequences_are_as_separate_ones(family: str) -> None:
+    moe, ids = tiny_moe(family), tokens()
+    positions = torch.arange(9).repeat(2).unsqueeze(0)
+    packed = logits(moe, ids.reshape(1, -1), position_ids=positions, use_cache=False)
+    torch.testing.assert_close(packed.reshape(2, 9, -1), logits(moe, ids), atol=1e-5, rtol=0)
+
+
+def test_embeddings_route_as_their_tokens_do(family: str) -> None:
+    moe, ids = tiny_moe(family), tokens()
+    embeddings = moe.get_input_embeddings()(ids)
+    assert torch.equal(moe(inputs_embeds=embeddings).logits, moe(ids).logits)
+
+
+def test_chunks_with_a_cache_equal_one_pass(family: str) -> None:
+    moe, ids = tiny_moe(family), tokens(2, 12)
+    cache, parts = None, []
+    with torch.no_grad():
+        for first, last in ((0, 5), (5, 6), (6, 12)):
+            output = moe(ids[:, first:last], past_key_values=cache, use_cache=True)
+            cache, parts = output.past_key_values, [*parts, output.logits]
+    torch.testing.assert_close(torch.cat(parts, 1), logits(moe, ids), atol=1e-5, rtol=0)
+
+
+def test_the_cache_carries_router_state_and_without_it_logits_differ() -> None:
+    """The negative control: the equality above would fail if the state were lost."""
+    moe, ids = tiny_moe("Llama"), tokens(2, 12)
+    with torch.no_grad():
+        cache = moe(ids[:, :8], use_cache=True).past_key_values
+        for layer in cache.layers:
+            layer.router_sums = None
+        forgetful = moe(ids[:, 8:], past_key_values=cache).logits
+    assert (forgetful - logits(moe, ids)[:, 8:]).abs().max() > 1e-3
+
+
+def test_a_cropped_cache_forgets_what_was_cropped() -> None:
+    moe, ids = tiny_moe("Llama"), tokens(2, 12)
+    with torch.no_grad():
+        cache = moe(torch.cat([ids[:, :8], tokens(2, 4, seed=9)], 1), use_cache=True).past_key_values
+        cache.crop(-4)
+        torch.testing.assert_close(
+            moe(ids[:, 8:], past_key_values=cache).logits, logits(moe, ids)[:, 8:], atol=1e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+def test_generation_with_the_cache_equals_without(family: str, settings: dict[str, object]) -> None:
+    """A left-padded batch, so that padding and beams have every chance to disturb the context."""
+    moe = tiny_moe(family)
+    ids = torch.cat([torch.full((2, 3), PAD), tokens()], 1)
+    ids[1, 3:5] = torch.tensor([PAD, BOS])
+    mask = (ids != PAD).long()
+    common = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    without = {k: v for k, v in settings.items() if k != "cache_implementation"}
+    cached = moe.generate(ids, **common, **settings)
+    assert torch.equal(cached, moe.generate(ids, **common, **without, use_cache=False))
+
+
+def test_prompt_lookup_decoding_equals_greedy(family: str) -> None:
+    moe, ids = tiny_moe(family), tokens(1)
+    plain = moe.generate(ids, max_new_tokens=12, do_sample=False)
+    assert torch.equal(plain, moe.generate(ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3))
+
+
+def test_bos_goes_to_the_seeds_ffn_and_counts_in_no_mean() -> None:
+    moe = tiny_moe("Llama")
+    with recorded_routers(moe) as calls, torch.no_grad():
+        moe(tokens())
+        assert not calls[0].routing.token_mask[:, 0].any()
+        assert calls[0].routing.token_mask[:, 1:].all()
+        first = routers_of(moe)[0]
+        scores = calls[0].hidden @ first.weight.T + first.bias
+        weight = first.context_logit.sigmoid()
+        mean = scores[:, 1:].cumsum(1) / torch.arange(1, 9)[None, :, None]
+        expected = (1 - weight) * scores[:, 1:] + weight * mean
+        torch.testing.assert_close(calls[0].logits[:, 1:], expected, atol=1e-5, rtol=0)
+    only_bos = torch.full((1, 1), BOS)
+    dense = tiny_dense("Llama")
+    dense.load_state_dict({k: v for k, v in moe.state_dict().items() if ".router." not in k and ".experts." not in k})
+    assert torch.equal(logits(moe, only_bos), logits(dense, only_bos))
+
+
+def test_top_1_weights_are_one_and_still_carry_a_gradient() -> None:
+    scores = torch.randn(2, 5, 3, requires_grad=True)
+    weights, _ = expert_weights(scores, _routing(torch.ones(2, 5).bool()), 1, True)
+    assert torch.equal(weights, torch.ones_like(weights))
+    weights.sum().backward()
+    assert scores.grad.abs().max() > 1e-3
+
+
+def test_published_eq_6_does_not_renormalise() -> None:
+    scores = torch.randn(2, 5, 3)
+    weights, _ = expert_weights(scores, _routing(torch.ones(2, 5).bool()), 2, False)
+    torch.testing.assert_close(weights, scores.softmax(-1).topk(2).values)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_task_loss_reaches_router_rows_and_context_weight(family: str, top_k: int) -> None:
+    moe, ids = tiny_moe(family, num_experts_per_tok=top_k).train(), tokens()
+    moe(ids, labels=ids).loss.backward()
+    for router in routers_of(moe):
+        for name, parameter in router.named_parameters():
+            assert parameter.grad.abs().max() > 1e-7, name
+
+
+def test_gradient_checkpointing_gives_equal_gradients(family: str) -> None:
+    plain, ids = tiny_moe(family).train(), tokens()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.activation_checkpointing_enable()
+    for model in (plain, checkpointed):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    for (name, one), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-7, rtol=1e-5, msg=name)
+
+
+def test_a_4d_mask_without_token_mask_is_refused() -> None:
+    moe, ids = tiny_moe("Llama"), tokens()
+    with pytest.raises(ValueError, match="pass token_mask"):
+        moe(ids, attention_mask=torch.zeros(2, 1, 9, 9))
+
+
+def test_routers_stay_in_float32(tmp_path: object) -> None:
+    moe = tiny_moe("Llama")
+    moe.save_pretrained(tmp_path)
+    half = type(moe).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for router in routers_of(half) for p in router.parameters()} == {torch.float32}
+    assert half.model.layers[0].mlp.experts[0]["up_proj"].lora_A.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"router_context": "suffix"}, "allowed are prefix, none"),
+        ({"num_experts_per_tok": 4}, "between 1 and the 3 experts"),
+    ],
+)
+def test_a_wrong_config_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_moe("Llama", **settings)
+
+
+def _routing(token_mask: torch.Tensor) -> object:
+    from mergekit_moe.modeling.modeling_metamoe import Routing
+
+    return Routing(token_mask, None, None)

@@ -1,0 +1,86 @@
+"""Relevance and proxies on made-up embeddings with known domains."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+
+from mergekit_moe.errors import SelectionError
+from mergekit_moe.recipe import Selection
+from mergekit_moe.selection.proxies import select_proxies, tag_shares
+from mergekit_moe.selection.relevance import classifier_relevance
+
+SIZE = 24
+
+
+def around(centre: int, n: int, seed: int) -> NDArray[np.float32]:
+    rows = np.random.default_rng(seed).normal(size=(n, SIZE)) * 0.25
+    rows[:, centre] += 1.0
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+POOL = np.concatenate([around(0, 60, 1), around(1, 140, 2), around(2, 200, 3)])
+PRIVATE = around(0, 50, 4)
+
+
+def test_relevance_finds_the_clients_domain_in_the_pool() -> None:
+    relevance = classifier_relevance(POOL, PRIVATE, seed=0)
+    assert set(np.argsort(-relevance.scores)[:50]) <= set(range(60))
+    assert np.all((relevance.scores > 0) & (relevance.scores <= 1))
+
+
+def test_scores_are_out_of_fold() -> None:
+    """Among rows of one distribution nobody stands out by having been a negative: AUC stays near a half."""
+    noise = np.random.default_rng(0).normal(size=(600, 200)).astype(np.float32)
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    relevance = classifier_relevance(noise[:400], noise[400:], seed=0)
+    assert abs(relevance.separation - 0.5) < 0.08
+
+
+def test_more_rows_than_negatives_are_all_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mergekit_moe.selection.relevance._MAX_NEGATIVES", 100)
+    scores = classifier_relevance(POOL, PRIVATE, seed=0).scores
+    assert roc_auc_score(np.arange(400) < 60, scores) > 0.99
+    assert scores.max() <= 1.0
+
+
+@pytest.mark.parametrize("method", ["dpp", "top-k", "random"])
+def test_each_method_picks_the_budget_of_distinct_rows(method: str) -> None:
+    chosen = select_proxies(POOL, PRIVATE, Selection(budget=40, method=method), name="a", seed=0)
+    assert len(set(chosen.rows.tolist())) == 40
+
+
+def test_published_candidate_cut_keeps_only_the_most_relevant() -> None:
+    chosen = select_proxies(POOL, PRIVATE, Selection(budget=20, candidates=30), name="a", seed=0)
+    assert set(chosen.rows) <= set(np.argsort(-chosen.relevance, kind="stable")[:30])
+
+
+def test_copies_of_private_texts_are_never_picked() -> None:
+    pool = np.concatenate([PRIVATE[:10], POOL])
+    chosen = select_proxies(pool, PRIVATE, Selection(budget=60), name="a", seed=0)
+    assert chosen.rows.min() >= 10
+    assert chosen.report["near_duplicates_dropped"] >= 10
+
+
+def test_a_budget_above_the_pool_names_both_numbers() -> None:
+    with pytest.raises(SelectionError, match=r"expert 'law': selection.budget is 401 .* only 400 rows"):
+        select_proxies(POOL, PRIVATE, Selection(budget=401), name="law", seed=0)
+
+
+def test_a_client_like_the_pool_is_warned() -> None:
+    chosen = select_proxies(POOL, POOL[::4].copy(), Selection(budget=5, duplicate_cosine=1.0), name="a", seed=0)
+    assert "hardly tell" in chosen.report["warnings"][0]
+
+
+def test_too_few_private_texts_are_refused() -> None:
+    with pytest.raises(SelectionError, match="got 9 private"):
+        classifier_relevance(POOL, PRIVATE[:9], seed=0)
+
+
+def test_tag_shares_compare_the_choice_with_top_k_and_random() -> None:
+    settings = Selection(budget=40)
+    chosen = select_proxies(POOL, PRIVATE, settings, name="a", seed=0)
+    tags = ["own"] * 60 + ["other"] * 340
+    shares = tag_shares(chosen.rows, tags, "own", chosen.relevance, POOL, settings, 0)
+    assert shares["top-k"] > 0.9 > 0.4 > shares["random"]
+    assert shares["selected"] == np.mean([tags[i] == "own" for i in chosen.rows])

@@ -1,0 +1,152 @@
+"""Rows from every kind of source, and the masks on their tokens."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_jsonl
+
+from mergekit_moe.data import IGNORED, collate, fingerprint, load_rows, split_held_out, texts_of, tokenize
+from mergekit_moe.errors import DataError
+from mergekit_moe.installed_text import CORPORA
+from mergekit_moe.recipe import DataSource
+from mergekit_moe.seed import train_tokenizer
+
+ROWS = [
+    {"id": "a", "q": "two and two?", "a": "four", "kind": "maths", "turns": [["USER", "hi"], ["BOT", "hello"]]},
+    {"id": "b", "q": "capital?", "a": "Paris", "kind": "other", "turns": [["USER", "bye"]]},
+]
+
+
+def source(**settings: Any) -> DataSource:
+    return DataSource(**{"dataset": "d.jsonl", **settings})
+
+
+def test_templates_filters_and_tags(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "d.jsonl", ROWS)
+    wanted = source(prompt="Q: {q}\n", completion="{a}", where={"kind": ["maths"]}, tag="kind")
+    rows = load_rows([wanted], tmp_path, "pool")
+    assert rows[:] == {"id": ["a"], "prompt": ["Q: two and two?\n"], "completion": ["four"], "tag": ["maths"]}
+    assert texts_of(rows) == ["Q: two and two?\nfour"]
+
+
+def test_dialogues_become_one_line_a_turn(tmp_path: Path) -> None:
+    chats = [{"turns": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}]
+    write_jsonl(tmp_path / "d.jsonl", ROWS)
+    write_jsonl(tmp_path / "chat.jsonl", chats)
+    assert load_rows([source(text="{turns}")], tmp_path, "x")["completion"][0] == "USER: hi\nBOT: hello"
+    rows = load_rows([source(dataset="chat.jsonl", text="{turns}")], tmp_path, "x")
+    assert rows["completion"][0] == "user: hi\nassistant: hello"
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.json", "d.csv", "d.parquet", "d.txt"])
+def test_every_kind_of_file_is_read(tmp_path: Path, name: str) -> None:
+    import pandas as pd
+
+    table = pd.DataFrame({"text": ["one", "two"]})
+    writers = {
+        "d.jsonl": lambda p: table.to_json(p, orient="records", lines=True),
+        "d.jsonl.gz": lambda p: p.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n')),
+        "d.json": lambda p: p.write_text(json.dumps(table.to_dict("records"))),
+        "d.csv": lambda p: table.to_csv(p, index=False),
+        "d.parquet": lambda p: table.to_parquet(p),
+        "d.txt": lambda p: p.write_text("one\ntwo\n"),
+    }
+    writers[name](tmp_path / name)
+    rows = load_rows([source(dataset=name, text="{text}")], tmp_path, "x")
+    assert rows["completion"][:] == ["one", "two"]
+    assert rows["id"][:] == ["0", "1"]
+
+
+def test_chunks_end_at_lines_lose_nothing_and_fit() -> None:
+    text = "\n".join(f"line {i} " + "x" * (i % 70) for i in range(60)) + "\n" + "y" * 400
+    from mergekit_moe.data import _chunks
+
+    pieces = _chunks(text, 100)
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 100
+    assert all(piece.endswith("\n") for piece in pieces[:30])
+
+
+def test_held_out_rows_are_stable_and_keep_chunks_together(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [{"id": f"t{i}", "text": "some line\n" * 20} for i in range(60)])
+    learnt, held_out = split_held_out(load_rows([source(text="{text}", chunk=50)], tmp_path, "x"))
+    names = [{row.split("#")[0] for row in part["id"]} for part in (learnt, held_out)]
+    assert names[0].isdisjoint(names[1])
+    assert 0 < len(names[1]) < 20
+
+
+def test_prompt_is_masked_and_eos_is_learnt(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "d.jsonl", ROWS)
+    tokenizer = train_tokenizer(["two and two? four capital? Paris"], 300)
+    rows = load_rows([source(prompt="{q}", completion="{a}")], tmp_path, "x")
+    row = tokenize(rows, tokenizer, 100)[0]
+    prompt = len(tokenizer("two and two?", add_special_tokens=False)["input_ids"]) + 1
+    assert row["input_ids"][0] == tokenizer.bos_token_id
+    assert row["labels"][:prompt] == [IGNORED] * prompt
+    assert row["labels"][prompt:] == row["input_ids"][prompt:]
+    assert row["labels"][-1] == tokenizer.eos_token_id
+
+
+def test_rows_with_nothing_left_to_learn_are_dropped(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [{"q": "word " * 50, "a": "x"}, {"q": "y", "a": "z"}])
+    rows = load_rows([source(prompt="{q}", completion="{a}")], tmp_path, "x")
+    assert len(tokenize(rows, train_tokenizer(["word"], 300), 16)) == 1
+
+
+def test_padding_is_masked_everywhere() -> None:
+    batch = collate(
+        [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "expert": 1}, {"input_ids": [5], "labels": [5], "expert": 0}]
+    )
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [5, IGNORED, IGNORED]]
+    assert batch["expert"].tolist() == [1, 0]
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
+    for place in ("one", "two"):
+        write_jsonl(tmp_path / place / "d.jsonl", ROWS)
+    wanted = [source(text="{q}")]
+    assert fingerprint(wanted, tmp_path / "one", "x") == fingerprint(wanted, tmp_path / "two", "x")
+    assert fingerprint(wanted, tmp_path / "one", "x") != fingerprint([source(text="{a}")], tmp_path / "one", "x")
+    write_jsonl(tmp_path / "two" / "d.jsonl", ROWS[:1])
+    assert fingerprint(wanted, tmp_path / "one", "x") != fingerprint(wanted, tmp_path / "two", "x")
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
+def test_installed_text_is_there_and_the_same_twice(corpus: str) -> None:
+    rows = list(CORPORA[corpus]())
+    assert len(rows) > 20
+    assert rows == list(CORPORA[corpus]())
+    assert {row["bucket"] for row in rows} <= set(range(10))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset": "none.jsonl", "text": "{q}"}, "no such file or folder: none.jsonl"),
+        ({"dataset": "sub/dir/none", "text": "{q}"}, "no such file or folder: sub/dir/none"),
+        ({"text": "{qq}"}, "d.jsonl has no column 'qq'; its columns are id, q, a, kind, turns"),
+        ({"text": "{q}", "where": {"king": 1}}, "has no column 'king'"),
+        ({"text": "{q}", "tag": "tog"}, "has no column 'tog'"),
+        ({"text": "{q}", "where": {"kind": "law"}}, "has no row with text in it"),
+        ({"dataset": "broken.jsonl", "text": "{q}"}, "broken.jsonl can't be read"),
+        ({"dataset": "d.docx", "text": "{q}"}, "d.docx is of no known kind; allowed are .jsonl"),
+        ({"dataset": "org/name", "text": "{q}"}, "offline mode keeps it from being looked up"),
+        ({"dataset": "empty.jsonl", "text": "{q}"}, "empty.jsonl"),
+        ({"dataset": "blank.jsonl", "text": "{q}"}, "has no row with text in it"),
+    ],
+)
+def test_bad_data_is_named(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    write_jsonl(tmp_path / "d.jsonl", ROWS)
+    write_jsonl(tmp_path / "blank.jsonl", [{"q": "  "}, {"q": ""}])
+    (tmp_path / "broken.jsonl").write_text('{"q": 1}\nnot json\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "d.docx").write_text("")
+    with pytest.raises(DataError) as error:
+        load_rows([source(**settings)], tmp_path, "expert 'law', private")
+    assert str(error.value).startswith("expert 'law', private: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,107 @@
+"""Recipes: every shipped one parses, and every mistake is one sentence that names file and field."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mergekit_moe.errors import RecipeError
+from mergekit_moe.recipe import Seed, load_recipe
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+CLIENT = {"private": {"dataset": "a.jsonl", "text": "{text}"}}
+GOOD: dict[str, Any] = {
+    "base_model": "org/seed",
+    "public_pool": {"dataset": "pool.jsonl", "text": "{text}"},
+    "experts": [{"name": "law", "source": "org/law"}, {"name": "code", "client": CLIENT}],
+}
+
+
+def load(tmp_path: Path, **changes: Any) -> Any:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, **changes}))
+    return load_recipe(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_shipped_recipe_parses(path: Path) -> None:
+    assert len(load_recipe(path).experts) >= 2
+
+
+def test_the_first_three_keys_make_a_recipe(tmp_path: Path) -> None:
+    recipe = load(tmp_path)
+    assert recipe.base_model == "org/seed"
+    assert recipe.selection.budget == 500
+    assert recipe.data_dir == str(tmp_path)
+
+
+def test_a_seed_to_be_trained_is_told_from_a_name(tmp_path: Path) -> None:
+    assert isinstance(load(tmp_path, base_model={"layers": 2}).base_model, Seed)
+
+
+def test_the_data_folder_on_the_command_line_wins(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, "data_dir": "here"}))
+    assert load_recipe(path).data_dir == str(tmp_path / "here")
+    assert load_recipe(path, tmp_path / "there").data_dir == str(tmp_path / "there")
+
+
+def test_a_client_may_lie_in_a_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "client.yaml").write_text(yaml.safe_dump(CLIENT))
+    experts = [GOOD["experts"][0], {"name": "code", "client": "client.yaml"}]
+    assert load(tmp_path, experts=experts).experts[1].client.private.dataset == "a.jsonl"
+
+
+def test_recipes_are_frozen(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load(tmp_path).seed = 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"selektion": {}}, "unknown key 'selektion'; did you mean 'selection'?"),
+        ({"selection": {"budgt": 3}}, "selection: unknown key 'budgt'; did you mean 'budget'?"),
+        ({"base_model": {"layer": 3}}, "base_model: unknown key 'layer'; did you mean 'layers'?"),
+        ({"public_pool": {"datset": "x", "text": "{t}"}}, "public_pool: unknown key 'datset'; did you mean 'dataset'?"),
+        ({"zzz": 1}, "unknown key 'zzz'; allowed are base_model, revision, public_pool"),
+        ({"selection": {"budget": 0}}, "selection.budget: input should be greater than or equal to 1, got 0"),
+        ({"selection": {"method": "dppp"}}, "selection.method: input should be 'dpp', 'top-k' or 'random', got 'dppp'"),
+        ({"public_pool": {"text": "{t}"}}, "public_pool: give either 'dataset' or 'installed'"),
+        ({"public_pool": {"dataset": "x"}}, "public_pool: give 'text', or 'prompt' and 'completion'"),
+        ({"experts": GOOD["experts"][:1]}, "experts: list should have at least 2 items"),
+        ({"experts": [GOOD["experts"][0]] * 2}, "expert name 'law' is used more than once"),
+        ({"experts": [GOOD["experts"][0], {"name": "x"}]}, "expert 'x': give either 'source' or 'client'"),
+        ({"experts": [GOOD["experts"][0], {"name": "A b", "source": "x/y"}]}, "experts.1.name: string should match"),
+        ({"merge": {"top_k": 3}}, "merge.top_k is 3 but there are 2 experts"),
+        ({"base_model": None}, "base_model: "),
+    ],
+)
+def test_a_mistake_is_one_sentence_naming_file_and_field(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path, **changes)
+    assert f"{tmp_path / 'r.yaml'}: " in str(error.value)
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_several_mistakes_are_reported_together(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path, seed="x", merge={"top_k": 0})
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("text", ["- a\n", "a: [", "", "\x00"])
+def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"r\.yaml"):
+        load_recipe(path)
+
+
+def test_a_missing_recipe_or_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such file"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="give the path of a recipe"):
+        load_recipe(tmp_path)
