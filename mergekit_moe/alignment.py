@@ -53,6 +53,9 @@ def align_expert(base: Path, rows: "Dataset", settings: Alignment, *, name: str,
         model.save_pretrained(out)
         for extra in set(out.iterdir()) - {out / ADAPTER, out / ADAPTER_CONFIG}:
             extra.unlink()  # peft's own card; the expert's is written when it is published
+        config = read_config(out, ADAPTER_CONFIG, f"expert '{name}'")
+        # PEFT writes a set, in another order every time: the same training must give the same bytes.
+        write_json(out / ADAPTER_CONFIG, {**config, "target_modules": sorted(config["target_modules"])})
         write_json(out / "training_log.json", log)
 
 

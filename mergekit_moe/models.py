@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from mergekit_moe.modeling.modeling_metamoe import ContextRouter, Routing
 
@@ -23,9 +25,13 @@ class RouterCall(NamedTuple):
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """Return a causal language model in the dtype that it is stored in; never runs a checkpoint's own code."""
+    """Return a causal language model on this process's device, in the dtype that it is stored in.
+
+    Never runs a checkpoint's own code.
+    """
+    logging.disable_progress_bar()  # loading takes a moment; the stages' own progress is what matters
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-    return model.to("cuda") if torch.cuda.is_available() else model
+    return model.to(PartialState().device)
 
 
 def load_tokenizer(folder: Path) -> Any:

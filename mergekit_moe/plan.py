@@ -25,6 +25,7 @@ def plan(job: Job) -> list[tuple[str, str]]:
         except MetaMoeError as error:
             problems.append(str(error))
 
+    attempt(lambda: _plan_workspace(job))
     attempt(lambda: _plan_base(job))
     attempt(lambda: _plan_pool(job))
     for expert in job.recipe.experts:
@@ -33,8 +34,16 @@ def plan(job: Job) -> list[tuple[str, str]]:
         raise DataError("\n".join(problems))
     settings = job.recipe
     lines.append(("router", f"{settings.router.start}, context {settings.router.context}, top-{settings.merge.top_k}"))
-    lines.append(("workspace", str(job.workspace.root)))
     return lines
+
+
+def _plan_workspace(job: Job) -> list[tuple[str, str]]:
+    for name in ("embeddings", "seed", "merged", "model", "evaluation", "card"):
+        job.workspace.require_free(name)
+    for client in job.clients:
+        for stage in ("proxies", "aligned", "experts"):
+            job.workspace.require_free(f"{stage}/{client.name}")
+    return [("workspace", str(job.workspace.root))]
 
 
 def _plan_base(job: Job) -> list[tuple[str, str]]:

