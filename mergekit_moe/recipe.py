@@ -186,7 +186,6 @@ class Merge(Spec):
 class RouterTraining(Training):
     """Training of the router on the union of the proxies; the experts stay as they are."""
 
-    learning_rate: float = Field(1e-3, gt=0)
     task_weight: float = Field(1.0, ge=0)
     """Weight of the language-modelling loss, which reaches the router straight through."""
     domain_weight: float = Field(1.0, ge=0)

@@ -1,6 +1,7 @@
 """One way to train: the transformers Trainer, quiet, seeded, and the same under `accelerate launch`."""
 
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ def train(
         dataloader_pin_memory=False,
         save_strategy="no",
         report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),  # in a log file the printed losses show the progress
         logging_steps=0.05,
         seed=seed,
         data_seed=seed,

@@ -1,6 +1,8 @@
 """Sentence embeddings: unit vectors, float32, by sentence-transformers."""
 
 import importlib
+import importlib.metadata
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +47,7 @@ def embed(embedder: Any, texts: list[str]) -> NDArray[np.float32]:
     """Return (N, D) unit rows, one a text; each distinct text is embedded once."""
     distinct = list(dict.fromkeys(texts))
     place = {text: i for i, text in enumerate(distinct)}
-    vectors = embedder.encode(distinct, normalize_embeddings=True, show_progress_bar=len(distinct) > 256)
+    vectors = embedder.encode(distinct, normalize_embeddings=True, show_progress_bar=sys.stderr.isatty())
     return np.asarray(vectors, dtype=np.float32)[[place[text] for text in texts]]
 
 
