@@ -1,11 +1,11 @@
 """Train a client's expert: LoRA on the FFN projections, on private rows and proxies (MetaMoE, section 3.2)."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergekit_moe.architectures import architecture_of
 from mergekit_moe.checkpoint import read_config
-from mergekit_moe.data import tokenize
+from mergekit_moe.data import leading_tokens, tokenize
 from mergekit_moe.errors import DataError
 from mergekit_moe.experts import ADAPTER, ADAPTER_CONFIG
 from mergekit_moe.recipe import Alignment
@@ -54,12 +54,12 @@ def align_expert(base: Path, rows: "Dataset", settings: Alignment, *, name: str,
         for extra in set(out.iterdir()) - {out / ADAPTER, out / ADAPTER_CONFIG}:
             extra.unlink()  # peft's own card; the expert's is written when it is published
         config = read_config(out, ADAPTER_CONFIG, f"expert '{name}'")
-        # PEFT writes a set, in another order every time: the same training must give the same bytes.
-        write_json(out / ADAPTER_CONFIG, {**config, "target_modules": sorted(config["target_modules"])})
+        # The same training must give the same bytes: PEFT writes a set in any order, and the base's folder.
+        plain = {"target_modules": sorted(config["target_modules"]), "base_model_name_or_path": None}
+        write_json(out / ADAPTER_CONFIG, {**config, **plain})
         write_json(out / "training_log.json", log)
 
 
-def domain_free_tokens(tokenizer: object, settings: Alignment) -> list[int]:
+def domain_free_tokens(tokenizer: Any, settings: Alignment) -> list[int]:
     """Return the ids of the tokens on which the adapter stays silent."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return [bos] if settings.domain_free_bos and bos is not None else []
+    return leading_tokens(tokenizer) if settings.domain_free_bos else []

@@ -1,5 +1,6 @@
 """Model cards from the templates in `cards/`: for a client's expert, and for the unified model."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,11 @@ def license_of(folder: Path) -> str:
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     if not text.startswith("---\n"):
         return "unknown"
-    metadata = yaml.safe_load(text.split("---\n", 2)[1]) or {}
-    return str(metadata.get("license") or "unknown")
+    try:
+        metadata = yaml.safe_load(text.split("---\n", 2)[1])
+    except yaml.YAMLError:
+        return "unknown"
+    return str(metadata.get("license") or "unknown") if isinstance(metadata, dict) else "unknown"
 
 
 def common_license(given: str | None, inputs: dict[str, str]) -> tuple[str, str]:
@@ -46,6 +50,19 @@ def public_recipe(recipe: Recipe) -> str:
     """Return the recipe as YAML without what describes private data, or where data lies on a machine."""
     values = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"data_dir"})
     values["experts"] = [
-        {key: value for key, value in expert.items() if key not in ("client", "test")} for expert in values["experts"]
+        {key: _placeless(value) for key, value in expert.items() if key not in ("client", "test")}
+        for expert in values["experts"]
     ]
+    if isinstance(values["base_model"], str):
+        values["base_model"] = _placeless(values["base_model"])
+    pools = values["public_pool"] if isinstance(values["public_pool"], list) else [values["public_pool"]]
+    for pool in pools:
+        pool.update({"dataset": _placeless(pool["dataset"])} if "dataset" in pool else {})
+    if "embedder" in values.get("selection", {}):
+        values["selection"]["embedder"] = _placeless(values["selection"]["embedder"])
     return yaml.safe_dump(values, sort_keys=False).strip()
+
+
+def _placeless(source: str) -> str:
+    """Return a Hub id as it is, and a path's last part without where it lies."""
+    return source if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.startswith(".") else Path(source).name

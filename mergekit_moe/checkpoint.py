@@ -10,6 +10,7 @@ from mergekit_moe.workspace import digest, file_sha256
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja", "generation_config.json")
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -77,6 +78,17 @@ def shards_of(folder: Path, what: str) -> dict[str, dict[str, dict[str, Any]]]:
 def weights_fingerprint(folder: Path, what: str) -> str:
     """Return one digest over all of a model's weight files, the same wherever they lie."""
     return digest(sorted(file_sha256(folder / shard) for shard in shards_of(folder, what)))
+
+
+def identity(folder: Path, what: str) -> str:
+    """Return one digest over all that makes a base model: weights, configuration, tokenizer."""
+    files = [folder / "config.json", *companions(folder)]
+    return digest([weights_fingerprint(folder, what), [[f.name, file_sha256(f)] for f in files if f.is_file()]])
+
+
+def companions(folder: Path) -> list[Path]:
+    """Return a model's tokenizer and generation files, which a merge passes through byte for byte."""
+    return sorted({file for pattern in _COMPANIONS for file in folder.glob(pattern)})
 
 
 def write_index(folder: Path, shards: dict[str, dict[str, dict[str, Any]]]) -> None:

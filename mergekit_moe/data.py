@@ -1,6 +1,7 @@
 """Rows of text from files, folders, the Hub or the Python installation, and their tokens."""
 
 import string
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_PIECE = " [piece] "
+"""Between a text's id and a chunk's number: nothing that an id of its own would hold."""
 IGNORED = -100
 """Label of a token that no loss counts."""
 
@@ -64,7 +67,7 @@ def split_held_out(rows: "Dataset") -> tuple["Dataset", "Dataset"]:
 
     The chunks of one text stay together.
     """
-    held_out = [int(digest(row_id.split("#")[0])[:8], 16) % 10 == 0 for row_id in rows["id"]]
+    held_out = [int(digest(row_id.split(_PIECE)[0])[:8], 16) % 10 == 0 for row_id in rows["id"]]
     learnt = rows.select([i for i, out in enumerate(held_out) if not out])
     return learnt, rows.select([i for i, out in enumerate(held_out) if out])
 
@@ -74,12 +77,19 @@ def texts_of(rows: "Dataset") -> list[str]:
     return [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
 
 
+def leading_tokens(tokenizer: Any) -> list[int]:
+    """Return [BOS] if this tokenizer puts BOS before a text of its own accord, else []."""
+    ids = tokenizer("a")["input_ids"]
+    return ids[:1] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
+
+
 def tokenize(rows: "Dataset", tokenizer: Any, max_length: int) -> "Dataset":
     """Return columns `input_ids` and `labels`: BOS, prompt (masked), completion, EOS (learnt).
 
+    BOS only where the tokenizer itself puts one, so that users' own inputs look like the training's.
     Rows are cut at `max_length` tokens; a row with nothing left to learn is dropped. Other columns stay.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = leading_tokens(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def encode(row: dict[str, str]) -> dict[str, list[int]]:
@@ -146,24 +156,31 @@ def _rows_of(source: DataSource, data_dir: Path, what: str) -> Iterable[dict[str
             continue
         pieces = _chunks(_render(source.text, row), source.chunk)
         for k, piece in enumerate(pieces):
-            yield {"id": name if len(pieces) == 1 else f"{name}#{k}", "prompt": "", "completion": piece, "tag": tag}
+            yield {
+                "id": name if len(pieces) == 1 else f"{name}{_PIECE}{k}",
+                "prompt": "",
+                "completion": piece,
+                "tag": tag,
+            }
 
 
 def _load(source: DataSource, data_dir: Path, what: str) -> "Dataset":
     from datasets import Dataset, load_dataset
-    from datasets.exceptions import DatasetGenerationError
+    from datasets.exceptions import DatasetsError
 
     if source.installed is not None:
         return Dataset.from_list(list(CORPORA[source.installed]()))
     path = data_dir / str(source.dataset)
     if not path.exists():
         return hub.load_hub_dataset(str(source.dataset), source.revision, source.split, what)
-    builder = None if path.is_dir() else _builder(path, what)
+    given: dict[str, Any] = {"path": str(path), "split": source.split}
+    if path.is_file():
+        given = {"path": _builder(path, what), "data_files": [str(path)], "split": "train"}
     try:
-        if builder is None:
-            return load_dataset(str(path), split=source.split)
-        return load_dataset(builder, data_files=[str(path)], split="train")
-    except (DatasetGenerationError, ValueError, StopIteration) as error:  # the last: nothing in the file
+        # Private rows may be among these: what `datasets` would leave in its cache is gone when this returns.
+        with tempfile.TemporaryDirectory() as cache:
+            return load_dataset(**given, cache_dir=cache, keep_in_memory=True)
+    except (DatasetsError, OSError, ValueError, StopIteration) as error:  # the last: nothing in the file
         reason = " ".join(str(error.__cause__ or error).split()) or "it is empty"
         raise DataError(f"{what}: {_name(source)} can't be read: {reason}") from None
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from mergekit_moe.architectures import architecture_of
 from mergekit_moe.checkpoint import read_config, read_header
 from mergekit_moe.errors import ExpertError
-from mergekit_moe.workspace import read_json
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -69,15 +68,17 @@ def read_expert(
     config = read_config(folder, ADAPTER_CONFIG, what)
     _require_plain_lora(config, what)
     ranks = _ranks(read_header(folder / ADAPTER, what), base_config, what)
-    about = read_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
-    trained_on = about.get("base_weights")
-    if base_weights is not None and trained_on not in (None, base_weights):
+    about = read_config(folder, ABOUT, what) if (folder / ABOUT).is_file() else {}
+    trained_on = str(about.get("base_weights", base_weights))
+    if base_weights is not None and trained_on != base_weights:
         raise ExpertError(
             f"{what}: it was trained on another base model than the recipe's (weights {trained_on[:12]} against "
             f"{base_weights[:12]}, {ABOUT}); use the same base_model, or drop the expert"
         )
     rank = max(ranks.values())
-    alpha = float(config["lora_alpha"])
+    alpha = config.get("lora_alpha")
+    if not isinstance(alpha, int | float):
+        raise ExpertError(f"{what}: {ADAPTER_CONFIG} has lora_alpha = {alpha!r}; it must be a number")
     scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
     return Expert(name, folder, source, revision, ranks, scale, about)
 
@@ -88,13 +89,31 @@ def lora_key(path: str, projection: str, factor: str) -> str:
 
 
 def read_proxies(folder: Path, name: str) -> dict[str, Any]:
-    """Return an expert's published proxies: the pool's fingerprint, and row numbers and ids."""
+    """Return an expert's published proxies: the pool's fingerprint, and row numbers and ids.
+
+    Raises:
+        ExpertError: if there are none, or the file is not of that form.
+    """
     if not (folder / PROXIES).is_file():
         raise ExpertError(
             f"expert '{name}': {folder} has no {PROXIES}, so the router can't learn its domain; "
             "publish the expert with `metamoe publish`, or drop it"
         )
-    return read_json(folder / PROXIES)
+    proxies = read_config(folder, PROXIES, f"expert '{name}'")
+    if not _is_proxies(proxies):
+        raise ExpertError(f"expert '{name}': {folder / PROXIES} is not what `metamoe publish` writes; publish it again")
+    return proxies
+
+
+def _is_proxies(proxies: dict[str, Any]) -> bool:
+    pool, rows = proxies.get("pool"), proxies.get("rows")
+    if (
+        not isinstance(pool, dict)
+        or not isinstance(rows, list)
+        or not {"fingerprint", "sources", "rows"} <= pool.keys()
+    ):
+        return False
+    return all(isinstance(row, int) and 0 <= row < pool["rows"] for row in rows)
 
 
 def _require_plain_lora(config: dict[str, Any], what: str) -> None:
@@ -126,6 +145,8 @@ def _ranks(header: dict[str, Any], base_config: dict[str, Any], what: str) -> di
                 "only FFN adapters of the recipe's base can be merged"
             )
         projection, factor, shape = match["projection"], match["factor"], tensor["shape"]
+        if len(shape) != 2:
+            raise ExpertError(f"{what}: {key} has shape {shape}; a LoRA matrix has two dimensions")
         rank = shape[0] if factor == "A" else shape[1]
         side = 0 if factor == "A" else 1
         given, wanted = shape[1 - side], sizes[projection][side]

@@ -21,6 +21,11 @@ class Resolved(NamedTuple):
     revision: str | None
     """Commit sha on the Hub; None for a folder."""
 
+    @property
+    def public_name(self) -> str:
+        """What may be published: a Hub id, or a folder's own name without where it lies."""
+        return self.source if self.revision is not None else Path(self.source).name
+
 
 def resolve_model(source: str, revision: str | None, base: Path, what: str) -> Resolved:
     """Return a folder as it is, or download a Hub repository at one commit.
@@ -45,7 +50,11 @@ def resolve_model(source: str, revision: str | None, base: Path, what: str) -> R
 
 
 def resolve_dataset(source: str, revision: str | None, what: str) -> str:
-    """Return `id@sha`: a Hub data set at the commit that its revision stands for now."""
+    """Return `id@sha`: a Hub data set at the commit that its revision stands for now.
+
+    Raises:
+        DataError: if it is not to be had; the text says why.
+    """
     if _is_path(source) or Path(source).suffix in (".jsonl", ".json", ".gz", ".csv", ".parquet", ".txt"):
         raise DataError(f"{what}: no such file or folder: {source}; relative paths start at data_dir (--data-dir)")
     from huggingface_hub import dataset_info
@@ -54,13 +63,18 @@ def resolve_dataset(source: str, revision: str | None, what: str) -> str:
 
 
 def load_hub_dataset(source: str, revision: str | None, split: str, what: str) -> "Dataset":
-    """Return one split of a Hub data set at its pinned commit."""
+    """Return one split of a Hub data set at its pinned commit.
+
+    Raises:
+        DataError: if it is not to be had, or has no such split.
+    """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     sha = resolve_dataset(source, revision, what).rpartition("@")[2]
     try:
         return load_dataset(source, revision=sha, split=split)
-    except ValueError as error:
+    except (DatasetsError, OSError, ValueError) as error:
         raise DataError(f"{what}: {source}@{sha[:7]} can't be read: {' '.join(str(error).split())}") from None
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_moe import cards, data, hub
-from mergekit_moe.checkpoint import read_config, weights_fingerprint
+from mergekit_moe.checkpoint import identity, read_config, weights_fingerprint
 from mergekit_moe.errors import ExpertError
-from mergekit_moe.experts import ADAPTER, PROXIES, Expert, read_expert, read_proxies
+from mergekit_moe.experts import ADAPTER, ADAPTER_CONFIG, PROXIES, STATISTICS, Expert, read_expert, read_proxies
 from mergekit_moe.recipe import ExpertSource, Recipe, Seed
 from mergekit_moe.selection.embedding import resolve_embedder
 from mergekit_moe.workspace import Workspace, digest, file_sha256
@@ -39,6 +39,10 @@ class Job:
     @functools.cached_property
     def base_weights(self) -> str:
         return weights_fingerprint(self.base.folder, "base_model")
+
+    @functools.cached_property
+    def base_identity(self) -> str:
+        return identity(self.base.folder, "base_model")
 
     @property
     def base_license(self) -> str:
@@ -85,25 +89,33 @@ class Job:
         assert rows is not None
         return rows
 
-    def data_fingerprint(self, expert: ExpertSource) -> str:
-        """Return one digest of an expert's private and held-out rows; it tells nothing of where they lie."""
-        client = expert.client
-        sources = [client.private, client.test] if client is not None else [expert.test]
-        given = [source for source in sources if source is not None]
-        return digest(data.fingerprint(given, self.data_dir, f"expert '{expert.name}'"))
+    def private_fingerprint(self, expert: ExpertSource) -> str:
+        """Return one digest of the rows that an expert learns from; it tells nothing of where they lie."""
+        assert expert.client is not None
+        rows = data.fingerprint([expert.client.private], self.data_dir, f"expert '{expert.name}', private")
+        return digest([rows, "some held out" if expert.client.test is None else "all"])
 
-    def expert(self, source: ExpertSource, *, compare_weights: bool = True) -> Expert:
-        """Return a published expert, checked against the base."""
+    def held_out_fingerprint(self, expert: ExpertSource) -> str:
+        """Return one digest of an expert's held-out rows."""
+        test = expert.test if expert.client is None else expert.client.test or expert.client.private
+        return digest(data.fingerprint([test] if test else [], self.data_dir, f"expert '{expert.name}', test"))
+
+    def expert(self, source: ExpertSource) -> Expert:
+        """Return a published expert, checked against the base.
+
+        Raises:
+            ExpertError: naming the expert and what doesn't fit.
+        """
         resolved = hub.Resolved(self.workspace.folder(f"experts/{source.name}"), f"experts/{source.name}", None)
         if source.source is not None:
             resolved = hub.resolve_model(source.source, source.revision, self.data_dir, f"expert '{source.name}'")
         return read_expert(
             source.name,
             resolved.folder,
-            source=resolved.source,
+            source=resolved.public_name if source.source is not None else resolved.source,
             revision=resolved.revision,
             base_config=read_config(self.base.folder, "config.json", "base_model"),
-            base_weights=self.base_weights if compare_weights else None,
+            base_weights=self.base_weights,
         )
 
     def experts(self) -> list[Expert]:
@@ -111,10 +123,18 @@ class Job:
 
     def expert_identities(self) -> list[list[Any]]:
         """Return what changes whenever an expert does."""
-        return [[e.name, e.revision, digest(e.about), _published_files(e.folder)] for e in self.experts()]
+        matters = ("base_weights", "domain_free_token_ids")
+        return [
+            [e.name, e.revision, [e.about.get(key) for key in matters], _published_files(e.folder)]
+            for e in self.experts()
+        ]
 
     def proxy_rows(self, expert: Expert) -> "Dataset":
-        """Return the pool's rows that an expert published as its proxies."""
+        """Return the pool's rows that an expert published as its proxies.
+
+        Raises:
+            ExpertError: if it has none, or they were picked from another pool.
+        """
         proxies = read_proxies(expert.folder, expert.name)
         if proxies["pool"]["fingerprint"] != self.pool_fingerprint:
             raise ExpertError(
@@ -126,5 +146,5 @@ class Job:
 
 
 def _published_files(folder: Path) -> str:
-    files = [folder / name for name in (ADAPTER, PROXIES)]
+    files = [folder / name for name in (ADAPTER, ADAPTER_CONFIG, PROXIES, STATISTICS)]
     return digest([file_sha256(file) for file in files if file.is_file()])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_moe.architectures import architecture_of
-from mergekit_moe.checkpoint import read_config, read_header, shards_of, write_index
+from mergekit_moe.checkpoint import companions, read_config, read_header, shards_of, write_index
 from mergekit_moe.errors import ExpertError
 from mergekit_moe.experts import ADAPTER, Expert, lora_key
 from mergekit_moe.recipe import Merge, Router
@@ -16,14 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CODE = ("configuration_metamoe.py", "modeling_metamoe.py")
-_PASSED_THROUGH = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab.*",
-    "merges.txt",
-    "*.jinja",
-    "generation_config.json",
-)
 
 
 def merge_experts(base: Path, experts: list[Expert], merge: Merge, router: Router, *, out: Path) -> None:
@@ -45,9 +37,8 @@ def merge_experts(base: Path, experts: list[Expert], merge: Merge, router: Route
     headers = {name: read_header(out / name, "merge") for name in names}
     write_index(out, headers)
     write_json(out / "config.json", moe_config(base_config, experts, merge, router))
-    for pattern in _PASSED_THROUGH:
-        for file in base.glob(pattern):
-            shutil.copyfile(file, out / file.name)
+    for file in companions(base):
+        shutil.copyfile(file, out / file.name)
     for name in _CODE:
         shutil.copyfile(Path(__file__).parent / "modeling" / name, out / name)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from mergekit_moe.modeling.modeling_metamoe import ContextRouter, Routing
+from mergekit_moe.workspace import process_state
 
 
 class RouterCall(NamedTuple):
@@ -31,10 +31,11 @@ def load_model(folder: Path) -> PreTrainedModel:
     """
     logging.disable_progress_bar()  # loading takes a moment; the stages' own progress is what matters
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-    return model.to(PartialState().device)
+    return model.to(process_state().device)
 
 
 def load_tokenizer(folder: Path) -> Any:
+    """Return a model folder's tokenizer; never runs a checkpoint's own code."""
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 

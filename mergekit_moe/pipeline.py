@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from mergekit_moe import cards, data
 from mergekit_moe.checkpoint import read_config
-from mergekit_moe.errors import WorkspaceError
-from mergekit_moe.experts import STATISTICS, read_proxies
+from mergekit_moe.errors import DataError, WorkspaceError
+from mergekit_moe.experts import ADAPTER, ADAPTER_CONFIG, PROXIES, STATISTICS, read_proxies
 from mergekit_moe.job import POOL, Job
 from mergekit_moe.plan import plan
 from mergekit_moe.recipe import ExpertSource, Recipe, Seed
@@ -50,7 +50,7 @@ def run(job: Job, only: str | None = None) -> None:
                 )
             continue
         if not current and not checked:
-            plan(job)
+            plan(job, merging=only is None or COMMANDS.index(only) >= COMMANDS.index("merge"))
             checked = True
         make = step.make if step.distributed or is_main_process() else _nothing
         job.workspace.build(step.folder, step.inputs, make)
@@ -69,26 +69,28 @@ def steps(job: Job) -> Iterator[Step]:
         inputs = {
             "selection": recipe.selection.model_dump(mode="json"),
             "embeddings": job.workspace.digest_of("embeddings", "select"),
-            "private": job.data_fingerprint(client),
+            "private": job.private_fingerprint(client),
+            "tags": [client.client.tag if client.client else None, *(source.tag for source in recipe.pool_sources)],
         }
         yield Step("select", f"proxies/{client.name}", inputs | seed, functools.partial(_select, job, client))
     if isinstance(recipe.base_model, Seed):
-        inputs = {"model": recipe.base_model.model_dump(mode="json")}
+        inputs = {"model": recipe.base_model.model_dump(mode="json", exclude={"license"})}
         yield Step("seed", "seed", inputs | pool | seed, lambda out: _train_seed(job, out), distributed=True)
-    base = {"base": job.base_weights}
+    base = {"base": job.base_identity}
     for client in job.clients:
         inputs = {
             "alignment": recipe.alignment.model_dump(mode="json"),
-            "private": job.data_fingerprint(client),
-            "proxies": job.workspace.digest_of(f"proxies/{client.name}", "select"),
+            "private": job.private_fingerprint(client),
+            "proxies": job.workspace.digest_of(f"proxies/{client.name}", "select", (PROXIES,)),
         }
         make = functools.partial(_align, job, client)
         yield Step("align", f"aligned/{client.name}", inputs | base | seed, make, distributed=True)
     for client in job.clients:
         inputs = {
-            "adapter": job.workspace.digest_of(f"aligned/{client.name}", "align"),
-            "proxies": job.workspace.digest_of(f"proxies/{client.name}", "select"),
-            "license": client.license,
+            "adapter": job.workspace.digest_of(f"aligned/{client.name}", "align", (ADAPTER, ADAPTER_CONFIG)),
+            "proxies": job.workspace.digest_of(f"proxies/{client.name}", "select", (PROXIES,)),
+            "about": [job.base.public_name, job.base.revision, client.license or job.base_license],
+            "domain_free_bos": recipe.alignment.domain_free_bos,
             "max_length": recipe.router.max_length,
         }
         yield Step("publish", f"experts/{client.name}", inputs | base | pool, functools.partial(_publish, job, client))
@@ -103,13 +105,15 @@ def steps(job: Job) -> Iterator[Step]:
     model = {"model": job.workspace.digest_of("model", "train-router")}
     inputs = {
         "evaluation": recipe.evaluation.model_dump(mode="json"),
-        "held_out": [job.data_fingerprint(expert) for expert in recipe.experts],
+        "held_out": [job.held_out_fingerprint(expert) for expert in recipe.experts],
+        "selection": [job.workspace.digest_of(f"proxies/{client.name}", "select") for client in job.clients],
     }
     yield Step("evaluate", "evaluation", inputs | model, lambda out: _evaluate(job, out))
     inputs = {
         "evaluation": job.workspace.digest_of("evaluation", "evaluate"),
         "recipe": digest(cards.public_recipe(recipe)),
-        "name": job.name,
+        "name": [job.name, job.base.public_name, job.base.revision, job.base_license],
+        "about": [expert.about for expert in job.experts()],
     }
     yield Step("card", "card", inputs | model, lambda out: _write_card(job, out))
 
@@ -127,17 +131,22 @@ def _embed(job: Job, texts: list[str]) -> Any:
 def _embed_pool(job: Job, out: Path) -> None:
     from mergekit_moe.selection.embedding import save_embeddings
 
-    save_embeddings(_embed(job, data.texts_of(job.pool)), job.pool, out)
+    save_embeddings(_embed(job, data.texts_of(job.pool)), out)
 
 
 def _select(job: Job, client: ExpertSource, out: Path) -> None:
+    import numpy as np
+
     from mergekit_moe.selection.embedding import load_embeddings, sample_texts
     from mergekit_moe.selection.proxies import select_proxies, tag_shares
 
     settings, seed = job.recipe.selection, job.recipe.seed
     pool_vectors = load_embeddings(job.workspace.folder("embeddings"))
-    texts = sample_texts(data.texts_of(job.private_rows(client)), settings.private_samples, seed)
-    chosen = select_proxies(pool_vectors, _embed(job, texts), settings, name=client.name, seed=seed)
+    private = data.texts_of(job.private_rows(client))
+    known = set(private)
+    copies = np.array([text in known for text in data.texts_of(job.pool)])
+    vectors = _embed(job, sample_texts(private, settings.private_samples, seed))
+    chosen = select_proxies(pool_vectors, vectors, settings, name=client.name, seed=seed, copies_N=copies)
     rows = chosen.rows.tolist()
     proxies = {
         "pool": {
@@ -186,7 +195,7 @@ def _publish(job: Job, client: ExpertSource, out: Path) -> None:
     tokenizer = load_tokenizer(job.base.folder)
     about = {
         "name": client.name,
-        "base_model": job.base.source,
+        "base_model": job.base.public_name,
         "base_revision": job.base.revision,
         "base_weights": job.base_weights,
         "license": client.license or job.base_license,
@@ -205,7 +214,7 @@ def _publish(job: Job, client: ExpertSource, out: Path) -> None:
     card = cards.render(
         "expert.md.j2",
         name=client.name,
-        base_model=job.base.source,
+        base_model=job.base.public_name,
         base_revision=job.base.revision,
         base_on_hub=job.base.revision is not None,
         license=about["license"],
@@ -236,6 +245,11 @@ def _route(job: Job, out: Path) -> None:
     parts, counts, sums = [], [], []
     for number, expert in enumerate(job.experts()):
         tokens = data.tokenize(job.proxy_rows(expert), tokenizer, job.recipe.router.max_length)
+        if len(tokens) == 0:
+            raise DataError(
+                f"expert '{expert.name}': no proxy has a token to learn within router.max_length "
+                f"{job.recipe.router.max_length}; raise it"
+            )
         parts.append(tokens.add_column("expert", [number] * len(tokens)))
         if job.recipe.router.start == "centroid":
             published = load_file(expert.folder / STATISTICS)
@@ -279,9 +293,8 @@ def _proxy_shares(job: Job) -> dict[str, dict[str, float]]:
 
 def _write_card(job: Job, out: Path) -> None:
     from mergekit_moe.evaluation import tables
-    from mergekit_moe.evaluation.compare import read_results
 
-    results = read_results(job.workspace.folder("evaluation"))
+    results = read_json(job.workspace.folder("evaluation") / "results.json")
     fitted = read_json(job.workspace.folder("model") / "router_training.json")
     config = read_config(job.workspace.folder("model"), "config.json", "model")
     experts = job.experts()
@@ -290,7 +303,7 @@ def _write_card(job: Job, out: Path) -> None:
     card = cards.render(
         "model.md.j2",
         name=job.name,
-        base_model=job.base.source,
+        base_model=job.base.public_name,
         base_revision=job.base.revision,
         base_on_hub=job.base.revision is not None,
         base_license=licenses["base"],

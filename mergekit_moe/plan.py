@@ -5,13 +5,18 @@ from collections.abc import Callable
 
 from mergekit_moe.architectures import architecture_of
 from mergekit_moe.checkpoint import read_config, shards_of
-from mergekit_moe.errors import DataError, MetaMoeError
+from mergekit_moe.errors import DataError, ExpertError, MetaMoeError
+from mergekit_moe.experts import STATISTICS
 from mergekit_moe.job import POOL, Job
 from mergekit_moe.recipe import ExpertSource, Seed
 
 
-def plan(job: Job) -> list[tuple[str, str]]:
+def plan(job: Job, *, merging: bool = True) -> list[tuple[str, str]]:
     """Check all that files and headers can tell, without reading a weight; return what will be done.
+
+    Args:
+        job: the recipe at work.
+        merging: False for a client's own commands, for which one expert is enough.
 
     Raises:
         MetaMoeError: with every problem found, one a line.
@@ -25,6 +30,8 @@ def plan(job: Job) -> list[tuple[str, str]]:
         except MetaMoeError as error:
             problems.append(str(error))
 
+    if merging and len(job.recipe.experts) < 2:
+        problems.append("experts: one expert can't be merged; give two or more, or run a client's commands alone")
     attempt(lambda: _plan_workspace(job))
     attempt(lambda: _plan_base(job))
     attempt(lambda: _plan_pool(job))
@@ -81,8 +88,15 @@ def _plan_expert(job: Job, source: ExpertSource) -> list[tuple[str, str]]:
         return [
             (f"expert {source.name}", f"to be trained on {len(private):,} private rows; {len(held_out):,} held out")
         ]
-    expert = job.expert(source, compare_weights=not isinstance(job.recipe.base_model, Seed))
+    if isinstance(job.recipe.base_model, Seed) and not job.base.folder.is_dir():
+        return [(f"expert {source.name}", f"{source.source}, to be checked once the seed is trained")]
+    expert = job.expert(source)
     job.proxy_rows(expert)
+    if job.recipe.router.start == "centroid" and not (expert.folder / STATISTICS).is_file():
+        raise ExpertError(
+            f"expert '{source.name}': {expert.folder} has no {STATISTICS}, which router.start: centroid needs; "
+            "publish the expert with `metamoe publish`, or start with lda"
+        )
     job.rows(source)
     pinned = f" at {expert.revision[:7]}" if expert.revision else ""
     return [

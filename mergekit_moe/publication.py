@@ -64,7 +64,7 @@ def write_statistics(expert: Path, base: Path, proxy_tokens: "Dataset", silent_t
             counted = batch["attention_mask"].bool()
             counted &= ~torch.isin(batch["input_ids"], torch.tensor(silent_tokens, device=model.device))
             for layer, hidden in enumerate(inputs):
-                tokens = hidden[counted].double().cpu()
+                tokens = hidden[counted].cpu().double()
                 for name, value in (
                     ("count", torch.tensor(len(tokens), dtype=torch.float64)),
                     ("sum", tokens.sum(0)),

@@ -1,6 +1,8 @@
 """The recipe: what to unify, from what, and how. One YAML file, checked whole before any work starts."""
 
 import difflib
+import re
+import string
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -8,6 +10,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from mergekit_moe.errors import RecipeError
+
+RESERVED_NAMES = ("seed", "soup", "unified")
+"""Methods that the results are reported for beside the experts."""
 
 InstalledText = Literal["library-source", "manual", "unicode-names", "licences"]
 
@@ -66,7 +71,20 @@ class DataSource(Spec):
             raise ValueError("give either 'text' or 'prompt' and 'completion', not both")
         if self.chunk is not None and self.text is None:
             raise ValueError("'chunk' splits plain text only; drop it, or use 'text'")
+        for template in (self.text, self.prompt, self.completion):
+            _check_template(template or "")
         return self
+
+
+def _check_template(template: str) -> None:
+    """Raise ValueError unless the template is text with column names in braces."""
+    try:
+        fields = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template {template!r}: {error}; double a brace that is meant as such") from None
+    for _, name, form, conversion in fields:
+        if name is not None and (not name or form or conversion or not re.fullmatch(r"[\w ./-]+", name)):
+            raise ValueError(f"template {template!r}: a brace holds a column's name and nothing else, such as {{text}}")
 
 
 class Training(Spec):
@@ -81,7 +99,7 @@ class Training(Spec):
     gradient_accumulation: int = Field(1, ge=1)
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = 0.0
-    scheduler: str = "linear"
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     bf16: bool = False
 
 
@@ -108,7 +126,7 @@ class Client(Spec):
     """Data that stays with a client."""
 
     private: DataSource
-    """What the client's expert is for. Read by `select` and `align`; never written anywhere."""
+    """What the client's expert is for. Read by `select` and `align`; they leave no copy of a row on disk."""
     test: DataSource | None = None
     """Held-out rows of the same domain, for `evaluate`; without it every tenth private row is held out."""
     tag: str | None = None
@@ -133,6 +151,13 @@ class ExpertSource(Spec):
     def _check(self) -> Self:
         if (self.source is None) == (self.client is None):
             raise ValueError(f"expert '{self.name}': give either 'source' or 'client'")
+        if self.name in RESERVED_NAMES:
+            raise ValueError(f"expert name '{self.name}' is a row of the results table; choose another")
+        unused = ("test", "revision") if self.client is not None else ("license",)
+        for field in unused:
+            if getattr(self, field) is not None:
+                where = "inside 'client'" if field == "test" else "nothing here"
+                raise ValueError(f"expert '{self.name}': '{field}' means {where}; move it, or drop it")
         return self
 
 
@@ -152,7 +177,7 @@ class Selection(Spec):
     private_samples: int = Field(500, ge=10)
     """At most so many private texts are embedded to fit the relevance classifier."""
     duplicate_cosine: float = Field(0.95, gt=0, le=1)
-    """Pool rows at least this close to a private text are never picked: an id could tell of the text."""
+    """Pool rows this close to one of the sampled private texts, and exact copies of any, are never picked."""
     embedder: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Hub id, folder, or `package:NAME` for an installed package with a `get_model_path()`."""
     embedder_max_length: int | None = Field(None, ge=8)
@@ -239,7 +264,8 @@ class Recipe(Spec):
         Discriminator(lambda value: "(several)" if isinstance(value, list) else "(one)"),
     ]
     """One data set, or several taken together."""
-    experts: list[ExpertSource] = Field(min_length=2)
+    experts: list[ExpertSource] = Field(min_length=1)
+    """One is enough for a client's own commands; `merge` and what follows need two."""
     data_dir: str = "."
     """Where relative data paths start; itself relative to the recipe."""
     seed: int = 0
@@ -272,7 +298,8 @@ def load_recipe(path: Path, data_dir: Path | None = None) -> Recipe:
         RecipeError: naming the file and every field that is wrong.
     """
     values = _read_yaml(path)
-    for expert in values.get("experts") or []:
+    experts = values.get("experts")
+    for expert in experts if isinstance(experts, list) else []:
         if isinstance(expert, dict) and isinstance(expert.get("client"), str):
             expert["client"] = _read_yaml(path.parent / expert["client"])
     values["data_dir"] = str(data_dir or path.parent / str(values.get("data_dir", ".")))

@@ -41,8 +41,8 @@ def train_seed(pool: "Dataset", settings: Seed, *, seed: int, out: Path) -> None
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Return a byte-level BPE tokenizer trained on `texts`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """Return a byte-level BPE tokenizer trained on `texts`, which puts BOS before a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer: Any = Tokenizer(models.BPE())
@@ -55,4 +55,6 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> "PreTrainedTokenizerFa
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    bos = (BOS, tokenizer.token_to_id(BOS))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[bos])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)

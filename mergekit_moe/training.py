@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_moe.data import collate
 from mergekit_moe.recipe import Training
-from mergekit_moe.workspace import is_main_process, wait_for_everyone
+from mergekit_moe.workspace import is_main_process, process_state, wait_for_everyone
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 
 def train(
-    model: "PreTrainedModel", rows: "Dataset", settings: Training, *, seed: int, folder: Path, trainer: Any = None
+    model: "PreTrainedModel",
+    rows: "Dataset",
+    settings: Training,
+    *,
+    seed: int,
+    folder: Path,
+    trainer: Any = None,
+    mixed: bool = False,
 ) -> list[dict[str, float]]:
     """Train `model` in place on tokenised rows; return the log, one entry about every twentieth of the way.
 
@@ -23,6 +30,8 @@ def train(
         rows: columns `input_ids` and `labels`, and whatever else the trainer's loss reads.
         folder: where the Trainer may put its own files while it runs.
         trainer: a subclass of Trainer with another loss.
+        mixed: draw batches at random; by default rows of like length share a batch, which wastes no padding
+            but also sorts rows by their kind.
     """
     from transformers import Trainer, TrainingArguments, set_seed
 
@@ -39,7 +48,8 @@ def train(
         weight_decay=settings.weight_decay,
         lr_scheduler_type=settings.scheduler,
         bf16=settings.bf16,
-        train_sampling_strategy="group_by_length",
+        use_cpu=process_state().device.type == "cpu",
+        train_sampling_strategy="random" if mixed else "group_by_length",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         save_strategy="no",
@@ -49,6 +59,7 @@ def train(
         seed=seed,
         data_seed=seed,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a GPU a process, by `accelerate launch`; never DataParallel
     run = (trainer or Trainer)(model=model, args=arguments, train_dataset=rows, data_collator=collate)
     run.train()
     wait_for_everyone()

@@ -24,9 +24,16 @@ def is_main_process() -> bool:
 def wait_for_everyone() -> None:
     """Let every process of `accelerate launch` arrive here before any goes on."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
+        process_state().wait_for_everyone()
 
-        PartialState().wait_for_everyone()
+
+def process_state() -> Any:
+    """Return accelerate's PartialState: this process's device, and how to reach the others."""
+    import torch
+    from accelerate import PartialState
+
+    # Without `cpu`, processes on a machine that has no accelerator would each believe to be alone.
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def file_sha256(path: Path) -> str:
@@ -109,13 +116,15 @@ class Workspace:
     def require_free(self, name: str) -> None:
         """Raise WorkspaceError if something that is no stage folder of ours stands where `name` would go."""
         folder = self.folder(name)
+        if self.root.exists() and not self.root.is_dir():
+            raise WorkspaceError(f"{self.root} is not a folder; choose another --workspace")
         if folder.exists() and _manifest(folder) is None and (not folder.is_dir() or any(folder.iterdir())):
             raise WorkspaceError(
                 f"{folder} is not empty and was not made by mergekit_moe; choose another --workspace, or move it away"
             )
 
-    def digest_of(self, name: str, command: str) -> str:
-        """Return the digest of an upstream stage's outputs.
+    def digest_of(self, name: str, command: str, files: tuple[str, ...] = ()) -> str:
+        """Return the digest of an upstream stage's outputs, or of those of its files that matter.
 
         Raises:
             WorkspaceError: if that stage hasn't run; `command` says what would run it.
@@ -125,7 +134,8 @@ class Workspace:
             raise WorkspaceError(
                 f"{self.folder(name)} does not exist yet; run `metamoe {command}` on this recipe first"
             )
-        return digest({file: facts["sha256"] for file, facts in manifest["outputs"].items()})
+        outputs = manifest["outputs"]
+        return digest({file: facts["sha256"] for file, facts in outputs.items() if not files or file in files})
 
     def _complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
         versions = {package: metadata.version(package) for package in _VERSIONED}

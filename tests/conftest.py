@@ -1,9 +1,15 @@
 """Tiny models and data that every test builds for itself: nothing is downloaded."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before any Hugging Face import: a test that reaches for the network is a wrong test.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A home of the tests' own, so that what a stage leaves outside its workspace can be seen and goes away.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mergekit_moe-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tiny products, here and in the processes that tests start: a second thread costs more than it does.

@@ -73,7 +73,7 @@ def test_chunks_end_at_lines_lose_nothing_and_fit() -> None:
 def test_held_out_rows_are_stable_and_keep_chunks_together(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "d.jsonl", [{"id": f"t{i}", "text": "some line\n" * 20} for i in range(60)])
     learnt, held_out = split_held_out(load_rows([source(text="{text}", chunk=50)], tmp_path, "x"))
-    names = [{row.split("#")[0] for row in part["id"]} for part in (learnt, held_out)]
+    names = [{row.split(" [piece] ")[0] for row in part["id"]} for part in (learnt, held_out)]
     assert names[0].isdisjoint(names[1])
     assert 0 < len(names[1]) < 20
 

@@ -27,6 +27,9 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mergekit_moe"):
             below = (node.module or "").split(".")[1:]
             found |= {below[0]} if below else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            found |= {parts[1] for parts in names if parts[0] == "mergekit_moe" and len(parts) > 1}
     return {name for name in found if name != "__version__"}
 
 

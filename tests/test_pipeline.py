@@ -1,7 +1,9 @@
 """The whole line on a tiny recipe: what it leaves, what a kill leaves, and what it says to bad input."""
 
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import tiny_dense, tokens, write_adapter, write_jsonl
+from conftest import tiny_dense, write_adapter, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_moe import cli
@@ -24,7 +26,17 @@ WORDS = {
     "algebra": "solve the equation for x then factor the polynomial and integrate its derivative over the matrix",
     "noise": "yesterday somebody walked past a blue house near our old town hall with seven quiet green parrots",
 }
-STAGES = ["embeddings", "cooking", "seed", "sailing", "merged", "model", "evaluation", "card"]
+STAGES = [
+    "embeddings",
+    "proxies/cooking",
+    "seed",
+    "aligned/sailing",
+    "experts/algebra",
+    "merged",
+    "model",
+    "evaluation",
+    "card",
+]
 
 
 def sentences(domain: str, n: int, seed: int) -> list[dict[str, str]]:
@@ -113,15 +125,26 @@ def test_proxies_are_distinct_and_mostly_of_the_clients_domain(finished: tuple[P
         assert sum(row.startswith(name) for row in proxies["ids"]) >= 15
 
 
-def test_nothing_published_tells_of_private_text_or_of_this_machine(finished: tuple[Path, Path, str]) -> None:
-    workspace = finished[1]
+def assert_no_leak(folder: Path, workspace: Path, parts: tuple[str, ...]) -> None:
+    """Search every published byte for private texts, private files' names and places of this machine."""
     secrets = [row["text"].encode() for name in ("cooking", "sailing", "algebra") for row in sentences(name, 60, 1)]
-    secrets += [str(workspace.parent).encode(), b'.jsonl"', Path.home().name.encode() + b"/"]
-    published = [p for part in ("experts", "model") for p in (workspace / part).rglob("*") if p.is_file()]
-    assert len(published) > 20
+    secrets += [str(place).encode() for place in (folder, workspace, Path.home())]
+    secrets += [f"{name}.jsonl".encode() for name in ("cooking", "sailing", "algebra")]
+    published = [p for part in parts for p in (workspace / part).rglob("*") if p.is_file()]
+    assert len(published) > 8
     for path in published:
-        content = path.read_bytes().replace(b'"pool.jsonl"', b"")
-        assert not [secret for secret in secrets if secret in content], path
+        assert not [secret for secret in secrets if secret in path.read_bytes()], path
+
+
+def test_nothing_published_tells_of_private_text_or_of_this_machine(finished: tuple[Path, Path, str]) -> None:
+    recipe, workspace, _ = finished
+    assert_no_leak(recipe.parent, workspace, ("experts", "model"))
+
+
+def test_no_private_row_is_left_in_a_cache(finished: tuple[Path, Path, str]) -> None:
+    private = sentences("cooking", 60, 1)[7]["text"].encode()
+    cached = [path for path in Path(os.environ["HF_HOME"]).rglob("*") if path.is_file()]
+    assert not [path for path in cached if private in path.read_bytes()]
 
 
 def test_the_model_generates_alike_with_and_without_cache(finished: tuple[Path, Path, str]) -> None:
@@ -146,12 +169,26 @@ def test_a_changed_recipe_redoes_only_what_depends_on_it(
     recipe, workspace, _ = finished
     values = yaml.safe_load(recipe.read_text())
     values["evaluation"] = {"max_rows": 3}
-    changed = recipe.with_name("changed.yaml")
+    changed = tmp_path / recipe.name  # the same name: it is part of what is published
     changed.write_text(yaml.safe_dump(values))
-    _, printed, _ = command("run", changed, "--workspace", workspace)
+    copy = tmp_path / "ws"
+    shutil.copytree(workspace, copy)
+    _, printed, _ = command("run", changed, "--workspace", copy, "--data-dir", recipe.parent)
     built = [line.split(":")[0] for line in printed.splitlines() if line.endswith("building")]
-    assert "evaluation" in built
-    assert not {"embeddings", "proxies/cooking", "merged"} & set(built)
+    assert built == ["evaluation", "card"]
+
+
+def test_a_client_alone_can_select_and_is_stopped_at_the_merge(
+    finished: tuple[Path, Path, str], tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    recipe = tiny_recipe(tmp_path)
+    values = yaml.safe_load(recipe.read_text())
+    _one_expert(values, tmp_path)
+    recipe.write_text(yaml.safe_dump(values))
+    code, _, error = command("select", recipe, "--workspace", tmp_path / "ws")
+    assert code == 0, error
+    own = json.loads((tmp_path / "ws" / "proxies" / "cooking" / "proxies.json").read_text())
+    assert own == json.loads((finished[1] / "proxies" / "cooking" / "proxies.json").read_text())
 
 
 _KILLED = """
@@ -159,7 +196,8 @@ import os, signal, sys
 from mergekit_moe import cli, workspace
 write = workspace._write_manifest
 def die_in(partial, inputs, target=sys.argv.pop()):
-    if partial.name == f".{target}.partial":
+    stage, name = target.rpartition("/")[::2]
+    if partial.name == f".{name}.partial" and (not stage or partial.parent.name == stage):
         os.kill(os.getpid(), signal.SIGKILL)
     write(partial, inputs)
 workspace._write_manifest = die_in
@@ -177,9 +215,9 @@ def test_killed_in_every_stage_it_goes_on_and_ends_with_the_same_weights(
         script = [sys.executable, "-c", _KILLED, "run", str(recipe), "--workspace", str(workspace), stage]
         killed = subprocess.run(script, capture_output=True, text=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
-        found = {path.name for path in workspace.rglob("*") if path.is_dir()}
-        assert f".{stage}.partial" in found
-        assert stage not in found or stage in ("cooking", "sailing"), "half a folder under its final name"
+        parent, name = (workspace / stage).parent, (workspace / stage).name
+        assert (parent / f".{name}.partial").is_dir()
+        assert not (parent / name).exists(), "half a folder under its final name"
     last = metamoe("run", recipe, "--workspace", workspace)
     assert "card: building" in last.stdout
     assert "evaluation: up to date" in last.stdout
@@ -223,6 +261,7 @@ def test_published_experts_are_merged_from_their_folders(
     unifier.write_text(yaml.safe_dump(values))
     code, _, error = command("run", unifier, "--workspace", tmp_path / "ws")
     assert code == 0, error
+    assert_no_leak(recipe.parent, tmp_path / "ws", ("model",))
     merged, own = weights(tmp_path / "ws"), weights(trained)
     assert merged["model-00001-of-00003.safetensors"] == own["model-00001-of-00003.safetensors"]
     assert merged["model-00002-of-00003.safetensors"] == own["model-00002-of-00003.safetensors"]
@@ -295,6 +334,10 @@ def _no_proxies(values: dict[str, Any], folder: Path) -> None:
     values["experts"][1] = {"name": "sailing", "source": str(folder / "adapter")}
 
 
+def _one_expert(values: dict[str, Any], folder: Path) -> None:
+    del values["experts"][1:]
+
+
 def _folder_in_the_way(values: dict[str, Any], folder: Path) -> None:
     (folder / "ws" / "model").mkdir(parents=True)
     (folder / "ws" / "model" / "mine.txt").write_text("keep me")
@@ -312,7 +355,8 @@ def _folder_in_the_way(values: dict[str, Any], folder: Path) -> None:
         (_unknown_family, "base_model: model_type is 'gpt2'; supported are llama"),
         (_other_size, "expert 'sailing': base_model.model.model.layers.0.mlp"),
         (_other_base, "expert 'sailing': it was trained on another base model"),
-        (_no_proxies, "expert 'sailing': "),
+        (_no_proxies, "has no proxies.json, so the router can't learn its domain"),
+        (_one_expert, "experts: one expert can't be merged"),
         (_folder_in_the_way, "is not empty and was not made by mergekit_moe"),
     ],
 )
@@ -351,10 +395,3 @@ def test_check_prints_the_plan_and_starts_nothing(tmp_path: Path, command: Calla
     assert "200 rows" in printed
     assert "expert algebra" in printed
     assert not (tmp_path / "ws").exists()
-
-
-def test_an_unpublished_adapter_can_be_merged_once_it_is_there(base_folder: Path, tmp_path: Path) -> None:
-    """A plain adapter without expert.json says nothing of its base's weights, and is taken by its shapes."""
-    write_adapter(base_folder, tmp_path / "a", 1)
-    with torch.no_grad():
-        assert AutoModelForCausalLM.from_pretrained(base_folder)(tokens()).logits.isfinite().all()

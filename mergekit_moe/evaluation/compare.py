@@ -1,6 +1,5 @@
 """The table: held-out loss of every method on every domain, and what the unified model keeps."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -8,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from mergekit_moe.data import IGNORED, batches, tokenize
+from mergekit_moe.errors import DataError
 from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
 from mergekit_moe.models import load_model, load_tokenizer, recorded_routers
 from mergekit_moe.recipe import Evaluation
@@ -54,6 +54,12 @@ def evaluate_models(
         )
         for d in domains
     ]
+    for domain in domains:
+        if len(domain.rows) == 0:
+            raise DataError(
+                f"expert '{domain.name}': no held-out row has a token to judge within evaluation.max_length "
+                f"{settings.max_length}; raise it"
+            )
     losses = {SEED: _losses(load_model(base), domains, settings)}
     losses.update(_adapter_losses(base, adapters, domains, settings))
     model = load_model(unified).eval()
@@ -70,10 +76,6 @@ def evaluate_models(
     write_json(out / RESULTS, results)
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-
-
 @torch.no_grad()
 def row_losses(model: "PreTrainedModel", rows: "Dataset", batch_size: int) -> tuple[list[float], list[int]]:
     """Return each row's summed loss in nats, and its number of learnt tokens."""
@@ -84,7 +86,7 @@ def row_losses(model: "PreTrainedModel", rows: "Dataset", batch_size: int) -> tu
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         labels = batch["labels"][:, 1:]
         each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        sums += each.double().sum(1).tolist()
+        sums += each.cpu().double().sum(1).tolist()
         counts += (labels != IGNORED).sum(1).tolist()
     return sums, counts
 
@@ -117,14 +119,19 @@ def _adapter_losses(
     """Each expert through plain PEFT, and the soup: the plain average of their weight differences."""
     from peft import PeftModel
 
-    names = list(adapters)
-    model = PeftModel.from_pretrained(load_model(base), str(adapters[names[0]]), adapter_name=names[0])
-    for name in names[1:]:
-        model.load_adapter(str(adapters[name]), adapter_name=name)
-    model.add_weighted_adapter(names, [1.0 / len(names)] * len(names), SOUP, combination_type="cat")
+    # PEFT makes modules of adapter names, which must not be names that a module already has.
+    loaded = {name: f"expert-{number}" for number, name in enumerate(adapters)}
+    first, *others = adapters
+    model = PeftModel.from_pretrained(load_model(base), str(adapters[first]), adapter_name=loaded[first])
+    for name in others:
+        model.load_adapter(str(adapters[name]), adapter_name=loaded[name])
+    # Each adapter's scale is worked out by now; the sum, made by concatenation, must have scale 1.
+    model.peft_config[loaded[first]].use_rslora = False
+    shares = [1.0 / len(loaded)] * len(loaded)
+    model.add_weighted_adapter([*loaded.values()], shares, SOUP, combination_type="cat")
     results = {}
-    for name in [*names, SOUP]:
-        model.set_adapter(name)
+    for name, adapter in {**loaded, SOUP: SOUP}.items():
+        model.set_adapter(adapter)
         results[name] = _losses(model, domains, settings)
     return results
 

@@ -27,8 +27,8 @@ class Routing(NamedTuple):
 
     token_mask: Tensor
     """(B, T) bool: True where a token is routed; False for padding and for tokens that no domain owns."""
-    sequence_ids: Tensor | None
-    """(B, T) int: which packed sequence a token belongs to; None where each row is one sequence."""
+    sequence_start: Tensor | None
+    """(B, T) int: where a token's own packed sequence starts; None where each row is one sequence."""
     forced_expert: Tensor | None
     """(B,) int: the expert that every token of a row goes to, or -1 for the router's own choice."""
 
@@ -84,6 +84,16 @@ def routed_cache_layer(cache: Any, layer_idx: int) -> Any:
     return layer
 
 
+def sequence_starts(position_ids: Tensor) -> Tensor | None:
+    """Return (B, T), where each token's packed sequence starts, or None if every row is one sequence."""
+    sequence_ids = find_packed_sequence_indices(position_ids)
+    if sequence_ids is None:
+        return None
+    new = torch.diff(sequence_ids, prepend=sequence_ids[:, :1], dim=-1) != 0
+    places = torch.arange(sequence_ids.shape[1], device=sequence_ids.device)
+    return torch.where(new, places, 0).cummax(dim=-1).values
+
+
 def prefix_sums(values: Tensor, routing: Routing, past: Tensor | None = None) -> Tensor:
     """Sum `values` (B, T, N) and the count over each token's prefix, itself included.
 
@@ -92,11 +102,9 @@ def prefix_sums(values: Tensor, routing: Routing, past: Tensor | None = None) ->
     """
     mask = routing.token_mask.unsqueeze(-1).float()
     sums = torch.cat([values.float() * mask, mask], dim=-1).cumsum(dim=1)
-    if routing.sequence_ids is not None:
-        same = routing.sequence_ids.unsqueeze(2) == routing.sequence_ids.unsqueeze(1)
-        start = same.int().argmax(dim=2)
-        before = F.pad(sums, (0, 0, 1, 0)).gather(1, start.unsqueeze(-1).expand_as(sums))
-        sums = sums - before
+    if routing.sequence_start is not None:
+        start = routing.sequence_start.unsqueeze(-1).expand_as(sums)
+        sums = sums - F.pad(sums, (0, 0, 1, 0)).gather(1, start)
     return sums if past is None else sums + past.unsqueeze(1)
 
 
@@ -120,6 +128,11 @@ class ContextRouter(nn.Module):
 
     def forward(self, hidden: Tensor, routing: Routing, cache_layer: Any = None) -> Tensor:
         """Return router logits, float32 (B, T, K), from the FFN's input (B, T, H)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.blend(hidden, routing, cache_layer)
+
+    def blend(self, hidden: Tensor, routing: Routing, cache_layer: Any) -> Tensor:
+        """Mix each token's scores with the mean of its prefix's."""
         scores = F.linear(hidden.float(), self.weight.float(), self.bias.float())
         if self.context_logit is None:
             return scores
@@ -304,14 +317,14 @@ class MetaMoeModelMixin(MetaMoeMixin):
             token_mask: (B, T or past + T), 0 at padding. Needed only where `attention_mask` is not 2-D.
             forced_expert: (B,) int, the expert for every token of a row; -1 leaves the choice to the router.
         """
-        sequence_ids = None
+        starts = None
         if attention_mask is None and past_key_values is None and position_ids is not None:
-            sequence_ids = find_packed_sequence_indices(position_ids)
+            starts = sequence_starts(position_ids)
         routing = Routing(
             token_mask=self.routed_tokens(
                 input_ids, inputs_embeds, attention_mask if token_mask is None else token_mask
             ),
-            sequence_ids=sequence_ids,
+            sequence_start=starts,
             forced_expert=forced_expert,
         )
         return super().forward(

@@ -12,6 +12,7 @@ from torch import Tensor
 from mergekit_moe.data import batches
 from mergekit_moe.modeling.modeling_metamoe import mean_of, prefix_sums
 from mergekit_moe.models import RouterCall, recorded_routers, routers_of
+from mergekit_moe.workspace import process_state
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,15 +48,14 @@ def gather_statistics(
     Args:
         proxies: tokenised rows with a column `expert`, the number of the expert whose proxy it is.
     """
-    from accelerate import PartialState
     from accelerate.utils import reduce
 
-    state = PartialState()
+    state = process_state()
     layers, (experts, size) = len(routers_of(model)), routers_of(model)[0].weight.shape
     sums = RoutingStatistics(
-        count=torch.zeros(experts, dtype=torch.float64, device=model.device),
-        total=torch.zeros(layers, experts, size, dtype=torch.float64, device=model.device),
-        gram=torch.zeros(layers, size, size, dtype=torch.float64, device=model.device),
+        count=torch.zeros(experts, dtype=torch.float64),
+        total=torch.zeros(layers, experts, size, dtype=torch.float64),
+        gram=torch.zeros(layers, size, size, dtype=torch.float64),
     )
     mine = range(state.process_index, len(proxies), state.num_processes)
     with recorded_routers(model) as calls:
@@ -67,14 +67,16 @@ def gather_statistics(
                 use_cache=False,
             )
             _add(sums, calls, batch["expert"], context_weight)
-    return RoutingStatistics(*(reduce(t, "sum").cpu() for t in (sums.count, sums.total, sums.gram)))
+    if state.num_processes == 1:
+        return sums
+    return RoutingStatistics(*(reduce(t.to(state.device), "sum").cpu() for t in (sums.count, sums.total, sums.gram)))
 
 
 def _add(sums: RoutingStatistics, calls: list[RouterCall], expert: Tensor, context_weight: float) -> None:
     routed = calls[0].routing.token_mask
-    owner = expert[:, None].expand_as(routed)[routed]
+    owner = expert[:, None].expand_as(routed)[routed].cpu()
     sums.count += torch.bincount(owner, minlength=len(sums.count))
     for layer, call in enumerate(calls):
-        features = router_feature(call, context_weight)[routed].double()
+        features = router_feature(call, context_weight)[routed].cpu().double()
         sums.total[layer].index_add_(0, owner, features)
         sums.gram[layer] += features.T @ features

@@ -30,14 +30,19 @@ _SCALES = [2.0 ** (-i / 2) for i in range(21)]
 
 
 def domain_loss(calls: list[RouterCall], expert: Tensor) -> Tensor:
-    """Cross-entropy of every routed token to the expert whose proxy it belongs to, averaged over layers.
+    """Cross-entropy of the routed tokens to the expert whose proxy they belong to, averaged over layers.
+
+    Experts weigh alike, as in the closed form, however many tokens of each the batch holds.
 
     Args:
         expert: (B,) numbers of the experts.
     """
     routed = calls[0].routing.token_mask
     owner = expert[:, None].expand_as(routed)[routed]
-    return torch.stack([F.cross_entropy(call.logits[routed], owner) for call in calls]).mean()
+    tokens_K = torch.bincount(owner, minlength=calls[0].logits.shape[-1])
+    weight = 1.0 / tokens_K[owner]
+    losses = [(F.cross_entropy(call.logits[routed], owner, reduction="none") * weight).sum() for call in calls]
+    return torch.stack(losses).mean() / tokens_K.count_nonzero()
 
 
 class RouterTrainer(Trainer):
@@ -66,7 +71,8 @@ def fit_routers(
     Args:
         merged: the folder that `merge_experts` wrote.
         proxies: tokenised union of the proxies, with a column `expert`.
-        published: the clients' own statistics, `count` (K,) and `sum` (L, K, H), for the centroid start.
+        published: the clients' own statistics, `count` (K,) and `sum` (L, K, H), for the centroid start; they
+            are over all proxies, those that judge included.
     """
     model = load_model(merged)
     learnt, held_out = _hold_out(proxies)
@@ -101,6 +107,7 @@ def train_routers(
         seed=seed,
         folder=folder,
         trainer=lambda **kwargs: RouterTrainer(settings=settings, **kwargs),
+        mixed=True,
     )
 
 
@@ -123,8 +130,14 @@ def judge(model: "PreTrainedModel", proxies: "Dataset") -> dict[str, float]:
 
 
 def _hold_out(proxies: "Dataset") -> tuple["Dataset", "Dataset"]:
-    rows = range(len(proxies))
-    return proxies.select([i for i in rows if i % 10]), proxies.select([i for i in rows if i % 10 == 0])
+    """Return (rows to fit on, rows to judge by): of each expert's proxies every tenth, or all if none has ten."""
+    places: dict[int, int] = {}
+    learnt: list[int] = []
+    held_out: list[int] = []
+    for row, expert in enumerate(proxies["expert"]):
+        places[expert] = places.get(expert, 0) + 1
+        (held_out if places[expert] % 10 == 0 else learnt).append(row)
+    return proxies.select(learnt), proxies.select(held_out or learnt)
 
 
 def _start(model: "PreTrainedModel", proxies: "Dataset", settings: Router, published: dict[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ import importlib
 import importlib.metadata
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from mergekit_moe.errors import SelectionError
 from mergekit_moe.hub import Resolved, resolve_model
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 _PACKAGE = "package:"
 
 
 def resolve_embedder(name: str, base: Path) -> Resolved:
-    """Return where the embedder lies: a folder, an installed package's model, or a Hub repository at a commit."""
+    """Return where the embedder lies: a folder, an installed package's model, or a Hub repository at a commit.
+
+    Raises:
+        SelectionError: if the package isn't installed or holds no model.
+        ExpertError: if it is neither a folder nor to be had from the Hub.
+    """
     if not name.startswith(_PACKAGE):
         return resolve_model(name, None, base, "selection.embedder")
     package = name.removeprefix(_PACKAGE)
@@ -59,9 +61,8 @@ def sample_texts(texts: list[str], limit: int, seed: int) -> list[str]:
     return [texts[i] for i in sorted(rows)]
 
 
-def save_embeddings(vectors: NDArray[np.float32], pool: "Dataset", folder: Path) -> None:
+def save_embeddings(vectors: NDArray[np.float32], folder: Path) -> None:
     """Write the pool's embeddings; row i of the file is row i of the pool."""
-    assert len(vectors) == len(pool)
     np.save(folder / "embeddings.npy", vectors)
 
 

@@ -1,5 +1,6 @@
 """From a pool's embeddings and a client's texts to that client's proxies."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from mergekit_moe.selection.dpp import check_candidates, select_dpp
 from mergekit_moe.selection.relevance import classifier_relevance
 
 _MIN_SEPARATION = 0.6
+_BLOCK = 65_536
 
 
 class ProxySelection(NamedTuple):
@@ -46,7 +48,13 @@ SELECTORS: dict[str, Callable[..., NDArray[np.int64]]] = {"dpp": dpp, "top-k": t
 
 
 def select_proxies(
-    pool_ND: NDArray[np.float32], private_MD: NDArray[np.float32], settings: Selection, *, name: str, seed: int
+    pool_ND: NDArray[np.float32],
+    private_MD: NDArray[np.float32],
+    settings: Selection,
+    *,
+    name: str,
+    seed: int,
+    copies_N: NDArray[np.bool_] | None = None,
 ) -> ProxySelection:
     """Return the proxies of one client.
 
@@ -54,13 +62,17 @@ def select_proxies(
         pool_ND: unit embeddings of the pool's N rows.
         private_MD: unit embeddings of M of the client's texts; nothing computed from them but the row
             numbers is meant to leave the client.
-        name: the expert's name, for errors.
+        name: the expert's name, for errors; it also sets this client's draws apart from the others'.
+        copies_N: True for pool rows that are word for word a private text, sampled or not.
 
     Raises:
         SelectionError: if fewer rows can be picked than the budget asks for.
     """
+    seed = int.from_bytes(hashlib.sha256(f"{name}-{seed}".encode()).digest()[:4])
     relevance = classifier_relevance(pool_ND, private_MD, seed=seed)
-    too_close = (pool_ND @ private_MD.T).max(axis=1) >= settings.duplicate_cosine
+    too_close = _closest(pool_ND, private_MD) >= settings.duplicate_cosine
+    if copies_N is not None:
+        too_close |= copies_N
     candidates = np.flatnonzero(~too_close)
     if settings.candidates is not None:
         order = np.argsort(-relevance.scores[candidates], kind="stable")[: settings.candidates]
@@ -83,6 +95,12 @@ def select_proxies(
             "its proxies are little better than random ones"
         )
     return ProxySelection(candidates[picks], relevance.scores, report)
+
+
+def _closest(pool_ND: NDArray[np.float32], private_MD: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return each pool row's greatest cosine to a private text, (N,), a block of rows at a time."""
+    blocks = [pool_ND[start : start + _BLOCK] for start in range(0, len(pool_ND), _BLOCK)]
+    return np.concatenate([(block @ private_MD.T).max(axis=1) for block in blocks])
 
 
 def tag_shares(

@@ -1,14 +1,17 @@
 """Metrics by hand-worked numbers, and losses against the model's own."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_moe, tokens
+from conftest import tiny_moe, tokens, write_adapter
 from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from mergekit_moe.data import IGNORED
-from mergekit_moe.evaluation.compare import Domain, routing_accuracy, row_losses
+from mergekit_moe.evaluation.compare import Domain, _adapter_losses, routing_accuracy, row_losses
 from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
 from mergekit_moe.models import recorded_routers
 from mergekit_moe.recipe import Evaluation
@@ -59,3 +62,22 @@ def test_routing_accuracy_counts_what_the_routers_said() -> None:
             for layer, call in enumerate(calls):
                 right[layer] += int((call.logits[0, 1:].argmax(-1) == 1).sum())
     assert found["routing_accuracy_by_layer"] == [hits / count for hits in right]
+
+
+def test_the_soup_is_the_plain_average_of_weight_differences(base_folder: Path, tmp_path: Path) -> None:
+    """With an rsLoRA expert first, whose config PEFT would copy to the sum; names as awkward as a module's own."""
+    settings = {"train": {"use_rslora": True, "lora_alpha": 8}, "keys": {"r": 2, "lora_alpha": 3}, "law": {}}
+    adapters = {
+        name: write_adapter(base_folder, tmp_path / name, i, **s) for i, (name, s) in enumerate(settings.items())
+    }
+    domain = Domain(0, "train", rows())
+    losses = _adapter_losses(base_folder, adapters, [domain], Evaluation())
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    average = {name: torch.zeros_like(tensor) for name, tensor in base.state_dict().items()}
+    for folder in adapters.values():
+        own = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder).merge_and_unload()
+        for name, tensor in own.state_dict().items():
+            average[name] += tensor / len(adapters)
+    base.load_state_dict(average)
+    sums, counts = row_losses(base, domain.rows, 4)
+    assert losses["soup"]["train"]["loss"] == pytest.approx(sum(sums) / sum(counts), abs=1e-5)

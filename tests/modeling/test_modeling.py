@@ -229,6 +229,16 @@ def test_a_4d_mask_without_token_mask_is_refused() -> None:
         moe(ids, attention_mask=torch.zeros(2, 1, 9, 9))
 
 
+@pytest.mark.parametrize("context", ["prefix", "none"])
+def test_routers_compute_in_float32_under_autocast(context: str) -> None:
+    moe, hidden = tiny_moe("Llama", router_context=context), torch.randn(2, 5, 32)
+    router, routing = routers_of(moe)[0], _routing(torch.ones(2, 5).bool())
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        inside = router(hidden, routing)
+        assert moe(tokens()).logits.isfinite().all()
+    assert torch.equal(inside, router(hidden, routing))
+
+
 def test_routers_stay_in_float32(tmp_path: object) -> None:
     moe = tiny_moe("Llama")
     moe.save_pretrained(tmp_path)

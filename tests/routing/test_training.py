@@ -55,7 +55,7 @@ def test_training_is_deterministic_given_the_seed(tmp_path: Path) -> None:
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_domain_loss_counts_routed_tokens_only() -> None:
+def test_domain_loss_counts_routed_tokens_only_and_weighs_experts_alike() -> None:
     model, ids = tiny_moe("Llama"), tokens()
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
@@ -65,8 +65,8 @@ def test_domain_loss_counts_routed_tokens_only() -> None:
         given = domain_loss(calls, owner)
         each = []
         for call in calls:
-            rows = torch.cat([call.logits[0, 1:], call.logits[1, 1:6]])
-            each.append(-rows.log_softmax(-1)[torch.arange(13), torch.tensor([2] * 8 + [0] * 5)].mean())
+            long, short = call.logits[0, 1:].log_softmax(-1)[:, 2], call.logits[1, 1:6].log_softmax(-1)[:, 0]
+            each.append(-(long.mean() + short.mean()) / 2)
     torch.testing.assert_close(given, torch.stack(each).mean())
 
 
