@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -111,6 +112,8 @@ def main() -> None:
     """Run the command line; a user's error is one sentence on stderr and exit code 2."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # PEFT's call, not the user's: nothing that they could do about it.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:
         app()
     except MetaMoeError as error:
@@ -139,9 +142,12 @@ def _job(recipe: Path, workspace: Path | None, data_dir: Path | None) -> "Job":
 
 
 def _run(recipe: Path, workspace: Path | None, data_dir: Path | None, only: str | None) -> None:
+    from transformers.utils import logging
+
     from mergekit_moe.pipeline import run
     from mergekit_moe.workspace import is_main_process
 
+    logging.disable_progress_bar()  # of loading and saving, which take moments; training keeps its own
     job = _job(recipe, workspace, data_dir)
     run(job, only)
     if only in (None, "evaluate") and is_main_process():

@@ -39,6 +39,8 @@ def resolve_model(source: str, revision: str | None, base: Path, what: str) -> R
     """
     folder = base / source
     if folder.is_dir():
+        if revision is not None:
+            raise ExpertError(f"{what}: 'revision' is for Hub repositories, and {source} is a folder; drop it")
         return Resolved(folder, source, None)
     if folder.exists() or _is_path(source):
         raise ExpertError(f"{what}: {source} is not a folder; give a model's folder or a Hub id such as org/name")

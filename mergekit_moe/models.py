@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
 
 from mergekit_moe.modeling.modeling_metamoe import ContextRouter, Routing
 from mergekit_moe.workspace import process_state
@@ -29,7 +28,6 @@ def load_model(folder: Path) -> PreTrainedModel:
 
     Never runs a checkpoint's own code.
     """
-    logging.disable_progress_bar()  # loading takes a moment; the stages' own progress is what matters
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
     return model.to(process_state().device)
 

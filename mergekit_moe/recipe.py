@@ -282,6 +282,8 @@ class Recipe(Spec):
         names = [expert.name for expert in self.experts]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"expert name '{twice[0]}' is used more than once; give each expert its own")
+        if self.revision is not None and isinstance(self.base_model, Seed):
+            raise ValueError("'revision' is for a base model on the Hub, and this one is trained here; drop it")
         if self.merge.top_k > len(names):
             raise ValueError(f"merge.top_k is {self.merge.top_k} but there are {len(names)} experts; lower it")
         return self

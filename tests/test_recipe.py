@@ -84,6 +84,7 @@ def test_recipes_are_frozen(tmp_path: Path) -> None:
         ({"experts": [GOOD["experts"][0], {"name": "A b", "source": "x/y"}]}, "experts.1.name: string should match"),
         ({"merge": {"top_k": 3}}, "merge.top_k is 3 but there are 2 experts"),
         ({"base_model": None}, "base_model: "),
+        ({"base_model": {"layers": 2}, "revision": "main"}, "'revision' is for a base model on the Hub"),
     ],
 )
 def test_a_mistake_is_one_sentence_naming_file_and_field(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -1,0 +1,82 @@
+"""The least of a Hub: an HTTP server on this machine that models can be fetched from."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+SHA = "5" * 40
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers what huggingface_hub asks of one public repository at one commit."""
+
+    repositories: dict[str, Path]
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def log_message(self, *args: object) -> None:
+        """Keep quiet."""
+
+    def _answer(self, *, body: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.asked.append(path)
+        kind, _, rest = path.removeprefix("/").partition("/")
+        if kind == "api":
+            self._api(rest, body)
+            return
+        name = "/".join(path.split("/")[1:3])
+        revision, _, file = path.split("/resolve/")[1].partition("/")
+        content = (self.repositories[name] / file).read_bytes()
+        assert revision == SHA, "every file is fetched at the pinned commit"
+        etag = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        self._send(200, content, body, {"ETag": f'"{etag}"', "X-Repo-Commit": SHA})
+
+    def _api(self, path: str, body: bool) -> None:
+        parts = path.split("/")
+        name, what = "/".join(parts[1:3]), parts[3:]
+        if name not in self.repositories:
+            self._send(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})
+            return
+        revision = what[1] if len(what) > 1 else "main"
+        if revision not in ("main", SHA):
+            self._send(404, b"{}", body, {"X-Error-Code": "RevisionNotFound"})
+            return
+        files = sorted(p for p in self.repositories[name].iterdir() if p.is_file())
+        if what[:1] == ["tree"]:
+            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
+            self._send(200, json.dumps(tree).encode(), body, {})
+            return
+        info = {"id": name, "sha": SHA, "siblings": [{"rfilename": f.name} for f in files]}
+        self._send(200, json.dumps(info).encode(), body, {"X-Repo-Commit": SHA})
+
+    def _send(self, status: int, content: bytes, body: bool, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+@contextmanager
+def loopback_hub(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
+    """Serve folders as `org/name` repositories; yield the address and the list of paths asked for."""
+    asked: list[str] = []
+    handler = type("Handler", (_Handler,), {"repositories": repositories, "asked": asked})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
