@@ -54,6 +54,18 @@ def test_two_processes_leave_whole_folders_that_one_process_accepts(workspace: P
     assert not list(workspace.rglob(".*"))
 
 
+def test_accelerate_launch_starts_a_stage(workspace: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "ws"
+    shutil.copytree(workspace, copy)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    (copy / "aligned" / "cooking" / "manifest.json").write_text(json.dumps({"inputs": {}, "outputs": {}}))
+    stage = ["-m", "mergekit_moe", "align", str(workspace.parent / "tiny.yaml"), "--workspace", str(copy)]
+    done = subprocess.run([*launcher, *stage], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "aligned/cooking: building" in done.stdout
+    assert "aligned/sailing: up to date" in done.stdout
+
+
 def test_two_processes_share_the_work_of_training(workspace: Path) -> None:
     """Twelve steps of eight rows on each of two processes are more epochs than on one."""
     alone = 12 * 8 / (54 + 20)
