@@ -1,5 +1,6 @@
 """Where a run's results lie: one folder a stage, complete or not there at all, skipped while nothing changed."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -100,12 +101,11 @@ class Workspace:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         wait_for_everyone()
-        try:
-            make(partial)
-        except BaseException:
+        with contextlib.ExitStack() as if_it_fails:
             if is_main_process():
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
+                if_it_fails.callback(shutil.rmtree, partial, ignore_errors=True)
+            make(partial)
+            if_it_fails.pop_all()
         wait_for_everyone()
         if is_main_process():
             _write_manifest(partial, self._complete(inputs))
