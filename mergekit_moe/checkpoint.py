@@ -80,10 +80,10 @@ def weights_fingerprint(folder: Path, what: str) -> str:
     return digest(sorted(file_sha256(folder / shard) for shard in shards_of(folder, what)))
 
 
-def identity(folder: Path, what: str) -> str:
-    """Return one digest over all that makes a base model: weights, configuration, tokenizer."""
+def identity(folder: Path, weights: str) -> str:
+    """Return one digest over all that makes a base model: its weights' fingerprint, configuration, tokenizer."""
     files = [folder / "config.json", *companions(folder)]
-    return digest([weights_fingerprint(folder, what), [[f.name, file_sha256(f)] for f in files if f.is_file()]])
+    return digest([weights, [[f.name, file_sha256(f)] for f in files if f.is_file()]])
 
 
 def companions(folder: Path) -> list[Path]:

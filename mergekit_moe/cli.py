@@ -158,7 +158,7 @@ def _print_results(job: "Job") -> None:
     from mergekit_moe.evaluation import tables
     from mergekit_moe.workspace import read_json
 
-    results = read_json(job.workspace.folder("evaluation") / "results.json")
+    results = read_json(job.workspace.folder("evaluation") / tables.RESULTS)
     parts = [("held-out loss, nats a token", tables.loss_rows(results)), ("unified model", tables.domain_rows(results))]
     if results["proxies"]:
         parts.append(("share of proxies with the client's true tag", tables.proxy_rows(results["proxies"])))

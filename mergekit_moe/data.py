@@ -1,5 +1,6 @@
 """Rows of text from files, folders, the Hub or the Python installation, and their tokens."""
 
+import functools
 import string
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -137,7 +138,7 @@ def _rows_of(source: DataSource, data_dir: Path, what: str) -> Iterable[dict[str
     for column in [*source.where, *([source.tag] if source.tag else [])]:
         _require_column(column, raw.column_names, source, what)
     for template in (source.text, source.prompt, source.completion):
-        for _, field, _, _ in string.Formatter().parse(template or ""):
+        for _, field in _parts(template or ""):
             if field is not None:
                 _require_column(field, raw.column_names, source, what)
     taken = 0
@@ -149,19 +150,11 @@ def _rows_of(source: DataSource, data_dir: Path, what: str) -> Iterable[dict[str
         taken += 1
         name = str(row.get(source.id, number))
         tag = str(row[source.tag]) if source.tag else ""
-        if source.text is None:
-            prompt, completion = _render(source.prompt or "", row), _render(str(source.completion), row)
-            if completion.strip():
-                yield {"id": name, "prompt": prompt, "completion": completion, "tag": tag}
-            continue
-        pieces = _chunks(_render(source.text, row), source.chunk)
+        prompt = _render(source.prompt or "", row)
+        pieces = _chunks(_render(source.text or source.completion or "", row), source.chunk)
         for k, piece in enumerate(pieces):
-            yield {
-                "id": name if len(pieces) == 1 else f"{name}{_PIECE}{k}",
-                "prompt": "",
-                "completion": piece,
-                "tag": tag,
-            }
+            row_id = name if len(pieces) == 1 else f"{name}{_PIECE}{k}"
+            yield {"id": row_id, "prompt": prompt, "completion": piece, "tag": tag}
 
 
 def _load(source: DataSource, data_dir: Path, what: str) -> "Dataset":
@@ -197,7 +190,7 @@ def _builder(path: Path, what: str) -> str:
 
 def _content(source: DataSource, data_dir: Path, what: str) -> Any:
     if source.installed is not None:
-        return digest([[row["id"], row["text"]] for row in CORPORA[source.installed]()])
+        return _installed_content(source.installed)
     path = data_dir / str(source.dataset)
     if path.is_dir():
         return digest([[str(p.relative_to(path)), file_sha256(p)] for p in sorted(path.rglob("*")) if p.is_file()])
@@ -206,13 +199,24 @@ def _content(source: DataSource, data_dir: Path, what: str) -> Any:
     return hub.resolve_dataset(str(source.dataset), source.revision, what)
 
 
+@functools.cache
+def _installed_content(corpus: str) -> str:
+    return digest([[row["id"], row["text"]] for row in CORPORA[corpus]()])
+
+
 def _matches(row: dict[str, Any], source: DataSource) -> bool:
     return all(row[column] in (v if isinstance(v, list) else [v]) for column, v in source.where.items())
 
 
 def _render(template: str, row: dict[str, Any]) -> str:
-    fields = {field for _, field, _, _ in string.Formatter().parse(template) if field}
-    return template.format(**{field: _as_text(row[field]) for field in fields})
+    # Not str.format: it would take a dot in a column's name for an attribute.
+    return "".join(text + ("" if field is None else _as_text(row[field])) for text, field in _parts(template))
+
+
+@functools.cache
+def _parts(template: str) -> list[tuple[str, str | None]]:
+    """Return a template's pieces: some text, and the column that follows it, if any."""
+    return [(text, field) for text, field, _, _ in string.Formatter().parse(template)]
 
 
 def _as_text(value: Any) -> str:

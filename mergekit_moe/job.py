@@ -42,7 +42,7 @@ class Job:
 
     @functools.cached_property
     def base_identity(self) -> str:
-        return identity(self.base.folder, "base_model")
+        return identity(self.base.folder, self.base_weights)
 
     @property
     def base_license(self) -> str:

@@ -18,6 +18,8 @@ from mergekit_moe.recipe import ExpertSource, Recipe, Seed
 from mergekit_moe.workspace import digest, is_main_process, read_json, write_json
 
 COMMANDS = ("select", "seed", "align", "publish", "merge", "train-router", "evaluate", "card")
+_SELECTION = "selection.json"
+"""A client's own report on its proxies; it stays with the client."""
 
 
 class Step(NamedTuple):
@@ -164,8 +166,8 @@ def _select(job: Job, client: ExpertSource, out: Path) -> None:
         )
     for warning in chosen.report["warnings"]:
         job.workspace.report(f"warning: expert '{client.name}': {warning}")
-    write_json(out / "proxies.json", proxies)
-    write_json(out / "selection.json", report)
+    write_json(out / PROXIES, proxies)
+    write_json(out / _SELECTION, report)
 
 
 def _train_seed(job: Job, out: Path) -> None:
@@ -210,7 +212,7 @@ def _publish(job: Job, client: ExpertSource, out: Path) -> None:
         proxy_tokens=data.tokenize(job.pool.select(proxies["rows"]), tokenizer, job.recipe.router.max_length),
         out=out,
     )
-    config = read_config(out, "adapter_config.json", f"expert '{client.name}'")
+    config = read_config(out, ADAPTER_CONFIG, f"expert '{client.name}'")
     card = cards.render(
         "expert.md.j2",
         name=client.name,
@@ -287,14 +289,14 @@ def _evaluate(job: Job, out: Path) -> None:
 
 
 def _proxy_shares(job: Job) -> dict[str, dict[str, float]]:
-    reports = {c.name: read_json(job.workspace.folder(f"proxies/{c.name}") / "selection.json") for c in job.clients}
+    reports = {c.name: read_json(job.workspace.folder(f"proxies/{c.name}") / _SELECTION) for c in job.clients}
     return {name: report["tag_shares"] for name, report in reports.items() if "tag_shares" in report}
 
 
 def _write_card(job: Job, out: Path) -> None:
     from mergekit_moe.evaluation import tables
 
-    results = read_json(job.workspace.folder("evaluation") / "results.json")
+    results = read_json(job.workspace.folder("evaluation") / tables.RESULTS)
     fitted = read_json(job.workspace.folder("model") / "router_training.json")
     config = read_config(job.workspace.folder("model"), "config.json", "model")
     experts = job.experts()

@@ -32,6 +32,12 @@ def test_templates_filters_and_tags(tmp_path: Path) -> None:
     assert texts_of(rows) == ["Q: two and two?\nfour"]
 
 
+def test_a_columns_name_may_hold_what_a_format_string_may_not(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [{"a.b": "dot", "0": "digit", "c d": "space"}])
+    rows = load_rows([source(text="{{{a.b}}} {0} {c d}")], tmp_path, "x")
+    assert rows["completion"][:] == ["{dot} digit space"]
+
+
 def test_dialogues_become_one_line_a_turn(tmp_path: Path) -> None:
     chats = [{"turns": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}]
     write_jsonl(tmp_path / "d.jsonl", ROWS)

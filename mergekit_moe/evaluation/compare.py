@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from mergekit_moe.data import IGNORED, batches, tokenize
 from mergekit_moe.errors import DataError
 from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
+from mergekit_moe.evaluation.tables import RESULTS
 from mergekit_moe.models import load_model, load_tokenizer, recorded_routers
 from mergekit_moe.recipe import Evaluation
 from mergekit_moe.workspace import write_json
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-RESULTS = "results.json"
 SEED, SOUP, OURS, OWN = "seed", "soup", "unified", "own expert"
 
 

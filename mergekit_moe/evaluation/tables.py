@@ -2,6 +2,8 @@
 
 from typing import Any
 
+RESULTS = "results.json"
+"""Where `evaluate` leaves what these tables show."""
 _LABELS = {
     "seed": "seed",
     "soup": "soup (plain average)",
