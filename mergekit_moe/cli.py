@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -163,7 +164,7 @@ def _print_results(job: "Job") -> None:
     if results["proxies"]:
         parts.append(("share of proxies with the client's true tag", tables.proxy_rows(results["proxies"])))
     for title, (header, rows) in parts:
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for number, name in enumerate(header):
             table.add_column(name, justify="right" if number else "left")
         for row in rows:
