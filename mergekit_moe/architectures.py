@@ -10,29 +10,45 @@ class Architecture(NamedTuple):
 
     class_prefix: str
     """Of the native classes: `Llama` in LlamaForCausalLM."""
-    ffn: str
+    inputs: tuple[str, ...]
+    """The FFN's linear maps of its input, as the checkpoint names them."""
+    output: str
+    """The one back to the hidden size."""
+    fused: bool = False
+    """The one input map holds gate and up side by side."""
+    ffn: str = "model.layers.{layer}.mlp"
     """Path of a layer's FFN in the checkpoint; `{layer}` is its number."""
-    projections: tuple[str, ...]
-    """The FFN's linear maps, as the checkpoint names them."""
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        return (*self.inputs, self.output)
 
     def sizes(self, config: dict[str, Any]) -> dict[str, tuple[int, int]]:
         """Return (in, out) features of each projection."""
         hidden, intermediate = config["hidden_size"], config["intermediate_size"]
-        return {
-            name: (intermediate, hidden) if name.startswith("down") else (hidden, intermediate)
-            for name in self.projections
-        }
+        inputs = dict.fromkeys(self.inputs, (hidden, 2 * intermediate if self.fused else intermediate))
+        return {**inputs, self.output: (intermediate, hidden)}
 
 
 def _gated(class_prefix: str) -> Architecture:
-    return Architecture(class_prefix, "model.layers.{layer}.mlp", ("gate_proj", "up_proj", "down_proj"))
+    return Architecture(class_prefix, ("gate_proj", "up_proj"), "down_proj")
 
 
 ARCHITECTURES = {
+    "gemma": _gated("Gemma"),
+    "gemma2": _gated("Gemma2"),
+    "gemma3_text": _gated("Gemma3Text"),
+    "gpt_neox": Architecture("GPTNeoX", ("dense_h_to_4h",), "dense_4h_to_h", ffn="gpt_neox.layers.{layer}.mlp"),
+    "granite": _gated("Granite"),
     "llama": _gated("Llama"),
     "mistral": _gated("Mistral"),
+    "olmo2": _gated("Olmo2"),
+    "phi": Architecture("Phi", ("fc1",), "fc2"),
+    "phi3": Architecture("Phi3", ("gate_up_proj",), "down_proj", fused=True),
     "qwen2": _gated("Qwen2"),
     "qwen3": _gated("Qwen3"),
+    "smollm3": _gated("SmolLM3"),
+    "starcoder2": Architecture("Starcoder2", ("c_fc",), "c_proj"),
 }
 """`model_type` -> architecture. A new family is one line here, one in modeling/configuration_metamoe.py
 and one fixture in the tests."""

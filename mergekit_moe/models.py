@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mergekit_moe.modeling.modeling_metamoe import ContextRouter, Routing
+from mergekit_moe.modeling.routing_metamoe import ContextRouter, Routing
 from mergekit_moe.workspace import process_state
 
 
@@ -17,10 +17,12 @@ class RouterCall(NamedTuple):
     """What one router saw and said in one forward pass."""
 
     hidden: Tensor
-    """(B, T, H), the FFN's input."""
+    """(B, T, H), the FFN's input, normalised where the router normalises it."""
     routing: Routing
     logits: Tensor
     """(B, T, K), float32."""
+    context: str
+    """The router's context: over which tokens it takes the mean."""
 
 
 def load_model(folder: Path) -> PreTrainedModel:
@@ -50,8 +52,8 @@ def recorded_routers(model: nn.Module) -> Iterator[list[RouterCall]]:
     def begin(module: nn.Module, args: Any) -> None:
         calls.clear()
 
-    def record(module: nn.Module, args: Any, logits: Tensor) -> None:
-        calls.append(RouterCall(args[0], args[1], logits))
+    def record(module: ContextRouter, args: Any, logits: Tensor) -> None:
+        calls.append(RouterCall(args[0], args[1], logits, module.context))
 
     handles = [model.register_forward_pre_hook(begin)]
     handles += [router.register_forward_hook(record) for router in routers_of(model)]

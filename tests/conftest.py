@@ -24,7 +24,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from mergekit_moe.modeling import FAMILIES, config_class, model_class
+from mergekit_moe.modeling import DECODERS, ENCODERS, config_class, model_class
 from mergekit_moe.seed import train_tokenizer
 
 BOS, PAD, VOCAB = 1, 0, 97
@@ -39,11 +39,38 @@ TINY = {
     "eos_token_id": None,
     "pad_token_id": PAD,
 }
+# What a family needs beside TINY; windows are shorter than the tests' texts, so that they matter.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "CLIPVision": {"image_size": 16, "patch_size": 4},
+    "Gemma": {"head_dim": 8},
+    "Gemma2": {"head_dim": 8, "sliding_window": 6},
+    "Gemma3Text": {"head_dim": 8, "sliding_window": 6},
+    "ModernBert": {"cls_token_id": 1, "sep_token_id": 2, "mlp_bias": True},
+    "Qwen3": {"head_dim": 8},
+    "ViT": {"image_size": 16, "patch_size": 4},
+}
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PLAIN = ("fc1", "fc2")
+FFN = {
+    "Bert": ("intermediate.dense", "output.dense"),
+    "CLIPVision": PLAIN,
+    "GPTNeoX": ("dense_h_to_4h", "dense_4h_to_h"),
+    "ModernBert": ("Wi", "Wo"),
+    "Phi": PLAIN,
+    "Phi3": ("gate_up_proj", "down_proj"),
+    "Roberta": ("intermediate.dense", "output.dense"),
+    "Starcoder2": ("c_fc", "c_proj"),
+    "ViT": PLAIN,
+}
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=DECODERS)
 def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=ENCODERS)
+def encoder(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
@@ -52,27 +79,31 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "router" in name or "lora_" in name:
+            # Biases start at zero, where one that is lost would go unnoticed.
+            if "router" in name or "lora_" in name or name.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
 
 
 def tiny_moe(family: str, ranks: tuple[int, ...] = (2, 4, 3), **settings: Any) -> transformers.PreTrainedModel:
     """Return a random MoE of `family`, an expert for each rank (0: an expert without any difference)."""
     experts = [
-        {"name": f"e{i}", "scale": 1.5, "ranks": dict.fromkeys(PROJECTIONS, rank) if rank else {}}
+        {"name": f"e{i}", "scale": 1.5, "ranks": dict.fromkeys(FFN.get(family, PROJECTIONS), rank) if rank else {}}
         for i, rank in enumerate(ranks)
     ]
     settings = {"router_excluded_token_ids": [BOS], **settings}
     torch.manual_seed(0)
-    model = model_class(family, "ForCausalLM")(config_class(family)(**TINY, experts=experts, **settings)).eval()
+    config = config_class(family)(**TINY, **SPECIAL.get(family, {}), experts=experts, **settings)
+    model = model_class(family, "ForCausalLM" if family in DECODERS else "Model")(config).eval()
     randomise(model)
     return model
 
 
 def tiny_dense(family: str = "Llama", seed: int = 0, **settings: Any) -> transformers.PreTrainedModel:
+    """Return a random model of `family` without experts: the native class."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**{**TINY, **settings})
-    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    config = getattr(transformers, f"{family}Config")(**{**TINY, **SPECIAL.get(family, {}), **settings})
+    head = "ForCausalLM" if family in DECODERS else "Model"
+    return getattr(transformers, f"{family}{head}".replace("3TextFor", "3For"))(config).eval()
 
 
 def tokens(batch: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:

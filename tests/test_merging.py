@@ -50,12 +50,13 @@ def test_a_pinned_expert_equals_peft_merge_and_unload(
 ) -> None:
     folders = [write_adapter(base_folder, tmp_path / "a", 1), write_adapter(base_folder, tmp_path / "b", 2, **settings)]
     experts = [read(base_folder, folder, folder.name) for folder in folders]
-    model = load_model(merge(base_folder, experts, tmp_path / "moe")).eval()
+    model = load_model(merge(base_folder, experts, tmp_path / "moe")).eval().double()
     for number, folder in enumerate(folders):
-        own = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder).merge_and_unload()
+        base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float64)
+        own = PeftModel.from_pretrained(base, folder).double().merge_and_unload()
         with torch.no_grad():
             given = model(tokens(), forced_expert=torch.tensor([number] * 2)).logits
-            torch.testing.assert_close(given, own(tokens()).logits, atol=1e-5, rtol=0)
+            torch.testing.assert_close(given, own(tokens()).logits, atol=1e-6, rtol=0)
 
 
 def test_the_base_passes_through_byte_for_byte(base_folder: Path, tmp_path: Path) -> None:

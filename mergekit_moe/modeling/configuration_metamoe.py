@@ -9,11 +9,38 @@ from typing import Any
 
 import transformers
 
-FAMILIES = {"Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3"}
-"""Native class prefix -> model_type. A new family is one line here and one tiny fixture in the tests."""
+DECODERS = {
+    "Gemma": "gemma",
+    "Gemma2": "gemma2",
+    "Gemma3Text": "gemma3_text",
+    "GPTNeoX": "gpt_neox",
+    "Granite": "granite",
+    "Llama": "llama",
+    "Mistral": "mistral",
+    "Olmo2": "olmo2",
+    "Phi": "phi",
+    "Phi3": "phi3",
+    "Qwen2": "qwen2",
+    "Qwen3": "qwen3",
+    "SmolLM3": "smollm3",
+    "Starcoder2": "starcoder2",
+}
+ENCODERS = {
+    "Bert": "bert",
+    "CLIPVision": "clip_vision_model",
+    "ModernBert": "modernbert",
+    "Roberta": "roberta",
+    "ViT": "vit",
+}
+FAMILIES = {**DECODERS, **ENCODERS}
+"""Native class prefix -> model_type of the families that the tests run over.
 
-CONTEXTS = ("prefix", "none")
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+Any other family whose layers own a recognisable FFN works too (`FORMS` in experts_metamoe.py).
+"""
+
+CONTEXTS = ("prefix", "mean", "none")
+_UNNORMALISED = ("Olmo2",)
+"""Families that normalise after their FFN: what goes into it, and so into the router, has any length."""
 
 
 class MetaMoeConfigMixin:
@@ -39,42 +66,56 @@ def config_class(family: str) -> type:
 
     Fields added to the native ones:
         experts: one dict an expert: `name`, `scale` (float) and `ranks` (projection name -> LoRA rank).
+            An expert without ranks is the seed's own FFN: an anchor.
         num_experts_per_tok: top-k of the router.
         norm_topk_prob: divide the chosen experts' weights by their sum. At top-1 the weight's value is
             then exactly 1 and its gradient is the straight-through one (p / stop_gradient(p)).
             False gives Eq. 6 of the MetaMoE paper, which shrinks every FFN by its probability.
-        router_context: `prefix` mixes each token's router logits with their running mean; `none` does not.
+        router_context: `prefix` mixes each token's router logits with their running mean (decoders),
+            `mean` with their mean over the whole text or image (encoders); `none` does not mix.
+        router_input_norm: scale the router's input to root mean square 1.
         router_excluded_token_ids: tokens (BOS) that no domain owns: they go to the seed's FFN and
             count in no mean.
+        output_router_logits: return the routers' logits, and add the losses below to the model's.
+        router_aux_loss_coef: weight of the load-balancing loss (Switch Transformer, Eq. 4 to 6).
+        router_z_loss_coef: weight of the z loss, the mean squared logsumexp (ST-MoE, Eq. 5).
     """
     name = f"MetaMoe{family}Config"
     if name not in globals():
         native = getattr(transformers, f"{family}Config")
+        defaults = {
+            "experts": (),
+            "num_experts_per_tok": 1,
+            "norm_topk_prob": True,
+            "router_context": "mean" if family in ENCODERS else "prefix",
+            "router_input_norm": family in _UNNORMALISED,
+            "router_excluded_token_ids": (),
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.0,
+            "router_z_loss_coef": 0.0,
+        }
+        types = {name: list if value == () else type(value) for name, value in defaults.items()}
         namespace = {
             "__module__": __name__,
             "__qualname__": name,
             "__doc__": f"{native.__name__} with the experts and router of a MetaMoE model.",
-            "__annotations__": {
-                "experts": list,
-                "num_experts_per_tok": int,
-                "norm_topk_prob": bool,
-                "router_context": str,
-                "router_excluded_token_ids": list,
-            },
-            "model_type": f"metamoe_{FAMILIES[family]}",
+            "__annotations__": types,
+            "model_type": f"metamoe_{native.model_type}",
             "_auto_class": "AutoConfig",
-            "experts": (),
-            "num_experts_per_tok": 1,
-            "norm_topk_prob": True,
-            "router_context": "prefix",
-            "router_excluded_token_ids": (),
+            "base_model_tp_plan": _without_ffn(native.base_model_tp_plan),
+            **defaults,
         }
         globals()[name] = type(name, (MetaMoeConfigMixin, native), namespace)
     return globals()[name]
 
 
+def _without_ffn(plan: dict[str, Any] | None) -> dict[str, Any] | None:
+    # Experts' low-rank factors are whole on every rank, so the FFN that they belong to has to be too.
+    return plan and {module: style for module, style in plan.items() if ".mlp." not in module}
+
+
 def __getattr__(name: str) -> type:
     match = re.fullmatch(r"MetaMoe(\w+)Config", name)
-    if match is None or match[1] not in FAMILIES:
+    if match is None or not hasattr(transformers, f"{match[1]}Config"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return config_class(match[1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_moe.data import batches
-from mergekit_moe.modeling.modeling_metamoe import mean_of, prefix_sums
+from mergekit_moe.modeling.routing_metamoe import context_mean
 from mergekit_moe.models import RouterCall, recorded_routers, routers_of
 from mergekit_moe.workspace import process_state
 
@@ -32,11 +32,12 @@ class RoutingStatistics:
 
 
 def router_feature(call: RouterCall, context_weight: float) -> Tensor:
-    """Return what the router is linear in, (B, T, H) float32: the FFN's input blended with its prefix mean."""
+    """Return what the router is linear in, (B, T, H) float32: the FFN's input blended with its context's mean."""
     hidden = call.hidden.float()
     if context_weight == 0.0:
         return hidden
-    return torch.lerp(hidden, mean_of(prefix_sums(hidden, call.routing)), context_weight)
+    mean, _ = context_mean(hidden, call.routing, call.context)
+    return torch.lerp(hidden, mean.expand_as(hidden), context_weight)
 
 
 @torch.no_grad()

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import BOS, PAD, PROJECTIONS, tiny_dense, tiny_moe, tokens
+from conftest import BOS, FFN, PAD, PROJECTIONS, tiny_dense, tiny_moe, tokens
 from transformers import PreTrainedModel
 
 from mergekit_moe.architectures import ARCHITECTURES
 from mergekit_moe.modeling import FAMILIES
-from mergekit_moe.modeling.modeling_metamoe import expert_weights
+from mergekit_moe.modeling.experts_metamoe import BlockCall, MoeBlock
+from mergekit_moe.modeling.routing_metamoe import Routing, expert_weights
 from mergekit_moe.models import recorded_routers, routers_of
 
 
@@ -21,11 +22,10 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: object) -> torch
 def fold(moe: PreTrainedModel, family: str, expert: int) -> PreTrainedModel:
     """Return the dense model whose FFNs carry one expert's difference, folded in float64."""
     dense = tiny_dense(family)
-    state = {k: v for k, v in moe.state_dict().items() if ".router." not in k and ".experts." not in k}
-    for layer in range(moe.config.num_hidden_layers):
-        block = f"model.layers.{layer}.mlp"
-        for projection in PROJECTIONS:
-            factors = moe.get_submodule(f"{block}.experts.{expert}.{projection}")
+    state = without_experts(moe)
+    for block, module in blocks_of(moe):
+        for projection in FFN.get(family, PROJECTIONS):
+            factors = module.experts[expert][projection.replace(".", "_")]
             delta = factors.lora_B.weight.double() @ factors.lora_A.weight.double()
             key = f"{block}.{projection}.weight"
             state[key] = (state[key].double() + moe.config.experts[expert]["scale"] * delta).float()
@@ -33,8 +33,16 @@ def fold(moe: PreTrainedModel, family: str, expert: int) -> PreTrainedModel:
     return dense
 
 
-def test_both_lists_of_families_agree() -> None:
-    assert {a.class_prefix: model_type for model_type, a in ARCHITECTURES.items()} == FAMILIES
+def without_experts(moe: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in moe.state_dict().items() if ".router." not in k and ".experts." not in k}
+
+
+def blocks_of(moe: PreTrainedModel) -> list[tuple[str, MoeBlock]]:
+    return [(name, module) for name, module in moe.named_modules() if isinstance(module, MoeBlock)]
+
+
+def test_families_that_can_be_merged_are_tested_here() -> None:
+    assert {(a.class_prefix, model_type) for model_type, a in ARCHITECTURES.items()} <= set(FAMILIES.items())
 
 
 def test_a_pinned_expert_is_exactly_the_dense_expert(family: str) -> None:
@@ -47,16 +55,16 @@ def test_a_pinned_expert_is_exactly_the_dense_expert(family: str) -> None:
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_identical_experts_reproduce_the_dense_expert(family: str, top_k: int) -> None:
     moe = tiny_moe(family, (4, 4, 4), num_experts_per_tok=top_k, router_excluded_token_ids=[])
-    for layer in moe.model.layers:
-        for expert in layer.mlp.experts:
-            expert.load_state_dict(layer.mlp.experts[0].state_dict())
+    for _, block in blocks_of(moe):
+        for expert in block.experts:
+            expert.load_state_dict(block.experts[0].state_dict())
     torch.testing.assert_close(logits(moe, tokens()), logits(fold(moe, family, 0), tokens()), atol=1e-5, rtol=0)
 
 
 def test_experts_without_difference_reproduce_the_seed(family: str) -> None:
     moe = tiny_moe(family, (0, 0))
     dense = tiny_dense(family)
-    dense.load_state_dict({k: v for k, v in moe.state_dict().items() if ".router." not in k})
+    dense.load_state_dict(without_experts(moe))
     assert torch.equal(logits(moe, tokens()), logits(dense, tokens()))
 
 
@@ -66,7 +74,7 @@ def test_top_k_mixes_whole_ffns(top_k: int) -> None:
     moe = tiny_moe("Llama", num_experts_per_tok=top_k).double()
     block, hidden = moe.model.layers[1].mlp, torch.randn(2, 5, 32, dtype=torch.float64)
     routing = _routing(torch.tensor([[True, True, True, False, True]] * 2))
-    block.call = (routing, None)
+    block.call = BlockCall(routing, None, norm_follows=False)
     given = block(hidden)
     weights, indices = expert_weights(block.router(hidden, routing), routing, top_k, True)
     expected = torch.zeros_like(given)
@@ -186,7 +194,7 @@ def test_bos_goes_to_the_seeds_ffn_and_counts_in_no_mean() -> None:
         torch.testing.assert_close(calls[0].logits[:, 1:], expected, atol=1e-5, rtol=0)
     only_bos = torch.full((1, 1), BOS)
     dense = tiny_dense("Llama")
-    dense.load_state_dict({k: v for k, v in moe.state_dict().items() if ".router." not in k and ".experts." not in k})
+    dense.load_state_dict(without_experts(moe))
     assert torch.equal(logits(moe, only_bos), logits(dense, only_bos))
 
 
@@ -250,7 +258,7 @@ def test_routers_stay_in_float32(tmp_path: object) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"router_context": "suffix"}, "allowed are prefix, none"),
+        ({"router_context": "suffix"}, "allowed are prefix, mean, none"),
         ({"num_experts_per_tok": 4}, "between 1 and the 3 experts"),
     ],
 )
@@ -260,6 +268,4 @@ def test_a_wrong_config_is_refused(settings: dict[str, object], message: str) ->
 
 
 def _routing(token_mask: torch.Tensor) -> object:
-    from mergekit_moe.modeling.modeling_metamoe import Routing
-
     return Routing(token_mask, None, None)

@@ -1,0 +1,179 @@
+"""Which expert a token goes to: the context router, and the state that it carries along in the cache.
+
+Shipped inside every checkpoint, so it imports nothing but torch and transformers.
+
+Shapes: B batch, T tokens of this call, H hidden, K experts, k experts per token.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.masking_utils import find_packed_sequence_indices
+
+
+class Routing(NamedTuple):
+    """What the routers need to know of one forward pass. Read-only, shared by all layers."""
+
+    token_mask: Tensor
+    """(B, T) bool, or (1, 1) where every token is routed: False for padding and for tokens that no domain owns."""
+    sequence_start: Tensor | None
+    """(B, T) int: where a token's own packed sequence starts; None where each row is one sequence."""
+    forced_expert: Tensor | None
+    """(B,) int: the expert that every token of a row goes to, or -1 for the router's own choice."""
+
+
+@functools.cache
+def _with_router_sums(native: type) -> type:
+    """Return a subclass of a cache layer class that carries the router's running sums wherever the keys go.
+
+    `router_sums` is (B, tokens so far, K + 1): the prefix sums of the K router scores and of the token
+    count, at every position, so that a cropped cache (assisted decoding) still knows its own prefix.
+    """
+
+    class RoutedCacheLayer(native):
+        _layer_type = None  # else the library would take this for its own layer of that type
+        router_sums: Tensor | None = None
+
+        def append_router_sums(self, sums: Tensor) -> None:
+            if self.is_compileable:  # static: one buffer that stays where it is, and nothing to crop
+                if self.router_sums is None:
+                    self.router_sums = sums[:, -1:].clone()
+                else:
+                    self.router_sums.copy_(sums[:, -1:])
+            else:
+                self.router_sums = sums if self.router_sums is None else torch.cat([self.router_sums, sums], dim=1)
+
+        def reset(self) -> None:
+            super().reset()
+            self.router_sums = None
+
+        def crop(self, tokens_to_remove: int) -> None:
+            super().crop(tokens_to_remove)
+            if self.router_sums is not None and tokens_to_remove != 0:
+                self.router_sums = self.router_sums[:, : -abs(tokens_to_remove)]
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            if self.router_sums is not None:
+                self.router_sums = self.router_sums.index_select(0, beam_idx.to(self.router_sums.device))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            if self.router_sums is not None:
+                self.router_sums = self.router_sums.repeat_interleave(repeats, dim=0)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            if self.router_sums is not None:
+                self.router_sums = self.router_sums[indices]
+
+    RoutedCacheLayer.__name__ = f"Routed{native.__name__}"
+    return RoutedCacheLayer
+
+
+def routed_cache_layer(cache: Any, layer_idx: int) -> Any:
+    """Return the cache's layer `layer_idx`, taught once to carry router sums along."""
+    layer = cache.layers[layer_idx]
+    if not hasattr(layer, "append_router_sums"):
+        layer.__class__ = _with_router_sums(type(layer))
+    return layer
+
+
+def sequence_starts(position_ids: Tensor) -> Tensor | None:
+    """Return (B, T), where each token's packed sequence starts, or None if every row is one sequence."""
+    sequence_ids = find_packed_sequence_indices(position_ids)
+    if sequence_ids is None:
+        return None
+    new = torch.diff(sequence_ids, prepend=sequence_ids[:, :1], dim=-1) != 0
+    places = torch.arange(sequence_ids.shape[1], device=sequence_ids.device)
+    return torch.where(new, places, 0).cummax(dim=-1).values
+
+
+def prefix_sums(values: Tensor, routing: Routing, past: Tensor | None = None) -> Tensor:
+    """Sum `values` (B, T, N) and the count over each token's prefix, itself included.
+
+    Returns float32 (B, T, N + 1); the last column is the count. Tokens outside `routing.token_mask`
+    add nothing; packed sequences start again from zero; `past` (B, N + 1) continues a cached prefix.
+    """
+    mask = routing.token_mask.unsqueeze(-1).float()
+    sums = F.pad(values.float(), (0, 1), value=1.0) * mask
+    if sums.shape[1] > 1:
+        sums = sums.cumsum(dim=1)
+    if routing.sequence_start is not None:
+        start = routing.sequence_start.unsqueeze(-1).expand_as(sums)
+        sums = sums - F.pad(sums, (0, 0, 1, 0)).gather(1, start)
+    return sums if past is None else sums + past.unsqueeze(1)
+
+
+def context_mean(values: Tensor, routing: Routing, context: str, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the mean of `values` (B, T, N) that each token's router mixes in, and the sums behind it.
+
+    `prefix`: over the token's own prefix; `mean`: over the whole row, for models that see it whole anyway.
+    """
+    sums = prefix_sums(values, routing, past)
+    return mean_of(sums[:, -1:] if context == "mean" else sums), sums
+
+
+def mean_of(sums: Tensor) -> Tensor:
+    """Turn sums with a trailing count column into means; an empty prefix has mean zero."""
+    return sums[..., :-1] / sums[..., -1:].clamp(min=1.0)
+
+
+class ContextRouter(nn.Module):
+    """Linear router with context (MetaMoE, section 3.3): (1 - lam) W h_t + lam * mean over the context of W h.
+
+    The router is linear, so averaging its K scores equals averaging the hidden states: all that
+    generation has to carry is K sums and a count. Always float32: in bfloat16 near-ties flip.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, context: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32))
+        self.context = context
+        self.context_logit = nn.Parameter(torch.zeros((), dtype=torch.float32)) if context != "none" else None
+
+    def forward(self, hidden: Tensor, routing: Routing, cache_layer: Any = None) -> Tensor:
+        """Return router logits, float32 (B, T, K), from the FFN's input (B, T, H)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.blend(hidden, routing, cache_layer)
+
+    def blend(self, hidden: Tensor, routing: Routing, cache_layer: Any) -> Tensor:
+        """Mix each token's scores with the mean over its context."""
+        scores = F.linear(hidden.float(), self.weight.float(), self.bias.float())
+        if self.context_logit is None:
+            return scores
+        past = None
+        if cache_layer is not None and cache_layer.router_sums is not None:
+            past = cache_layer.router_sums[:, -1]
+        mean, sums = context_mean(scores, routing, self.context, past)
+        if cache_layer is not None:
+            cache_layer.append_router_sums(sums.detach())
+        return torch.lerp(scores, mean.expand_as(scores), torch.sigmoid(self.context_logit.float()))
+
+
+def expert_weights(logits: Tensor, routing: Routing, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+    """Choose each token's experts and their weights.
+
+    Args:
+        logits: router logits, (B, T, K).
+
+    Returns:
+        weights, float32 (B, T, k), and expert indices, int64 (B, T, k).
+    """
+    probabilities = logits.softmax(dim=-1)
+    forced = routing.forced_expert
+    if forced is not None:
+        own = F.one_hot(forced.clamp(min=0), logits.shape[-1]).to(logits.dtype)
+        probabilities = torch.where((forced >= 0)[:, None, None], own[:, None, :], probabilities)
+    weights, indices = probabilities.topk(top_k, dim=-1)
+    if not renormalise:
+        return weights, indices
+    if top_k == 1:
+        # Straight-through: the value is exactly 1, so that a token gets exactly its expert, yet the
+        # task loss reaches the router. p / p would make the gradient vanish (the published trap).
+        return weights / weights.detach(), indices
+    return weights / weights.sum(dim=-1, keepdim=True), indices
