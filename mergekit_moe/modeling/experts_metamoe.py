@@ -58,45 +58,98 @@ def form_of(module: nn.Module) -> FeedForward | None:
 
 
 class LowRank(nn.Module):
-    """One expert's LoRA matrices for one projection, under the names that PEFT saves them by."""
+    """All experts' LoRA matrices of one projection, side by side along the rank: one tensor each.
 
-    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+    On disk they are one pair an expert, as PEFT saves them (loading_metamoe.py).
+    """
+
+    def __init__(self, in_features: int, out_features: int, ranks: list[int]) -> None:
         super().__init__()
-        self.lora_A = nn.Linear(in_features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, out_features, bias=False)
+        self.ranks = ranks
+        self.starts = [sum(ranks[:expert]) for expert in range(len(ranks))]
+        self.lora_A = nn.Parameter(torch.empty(sum(ranks), in_features))
+        self.lora_B = nn.Parameter(torch.empty(sum(ranks), out_features))
+
+    def factors(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Return views of one expert's A, (r, in), and B transposed, (r, out)."""
+        rows = slice(self.starts[expert], self.starts[expert] + self.ranks[expert])
+        return self.lora_A[rows], self.lora_B[rows]
 
 
-class FactoredExperts(nn.ModuleList):
-    """K low-rank experts around one shared FFN; expert e of projection p is `experts[e].p`, dots as underscores."""
+class Groups(NamedTuple):
+    """Pairs of a token and an expert it goes to, brought together by expert."""
+
+    order: Tensor | None
+    """(P,) int64: pairs sorted by expert; None where all go to one, and stand in order already."""
+    spans: list[tuple[int, int, int]]
+    """(expert, first, last) of each expert's run in that order. Number K is the seed's own FFN."""
+
+
+def grouped_by_expert(expert_of_pair: Tensor, num_experts: int) -> Groups:
+    """Return the groups of (P,) expert numbers, 0 to K; K is the seed's own FFN."""
+    counts = torch.bincount(expert_of_pair, minlength=num_experts + 1).tolist()
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    spans = [(e, end - count, end) for e, (count, end) in enumerate(zip(counts, ends, strict=True)) if count]
+    return Groups(None if len(spans) == 1 else expert_of_pair.argsort(stable=True), spans)
+
+
+class FactoredExperts(nn.ModuleDict):
+    """K low-rank experts around one shared FFN: projection name (dots as underscores) -> its `LowRank`."""
 
     def __init__(self, config: Any, sizes: dict[str, tuple[int, int]]) -> None:
-        experts = []
-        for expert in config.experts:
-            ranks = {name: expert["ranks"].get(name, 0) for name in sizes}
-            experts.append(nn.ModuleDict({n.replace(".", "_"): LowRank(*sizes[n], r) for n, r in ranks.items() if r}))
-        super().__init__(experts)
+        ranks = {name: [int(expert["ranks"].get(name, 0)) for expert in config.experts] for name in sizes}
+        super().__init__({n.replace(".", "_"): LowRank(*sizes[n], ranks[n]) for n in sizes if any(ranks[n])})
         self.scales = [float(expert["scale"]) for expert in config.experts]
+        added = sum(sum(ranks[name]) * sum(size) for name, size in sizes.items())
+        self.overhead = added / sum(n_in * n_out for n_in, n_out in sizes.values())
+        """What products with all experts' factors cost, over the base FFN's own."""
 
-    def delta(self, name: str, inputs: Tensor, gates: Tensor) -> Tensor | float:
-        """Return the sum over experts of gate * scale * B A inputs for projection `name`.
+    def add_grouped(self, name: str, base: Tensor, inputs: Tensor, groups: Groups) -> Tensor:
+        """Return base + scale * B A inputs, each run of rows by its own expert's factors; may write into `base`.
 
-        The experts' factors are laid side by side along the rank, so that two matrix products serve
-        all of them; `gates` (B, T, K), zero where an expert was not chosen, silences the others.
+        Args:
+            base: (P, out), the projection's own product, in the groups' order.
+            inputs: (P, in), likewise.
         """
         name = name.replace(".", "_")
-        chosen = [(e, expert[name]) for e, expert in enumerate(self) if name in expert]
-        if not chosen:
+        if name not in self:
+            return base
+        low_rank, training = self[name], torch.is_grad_enabled()
+        pieces = []
+        for expert, first, last in groups.spans:
+            piece = base[first:last]
+            if expert < len(self.scales) and low_rank.ranks[expert]:
+                down, up = low_rank.factors(expert)
+                low = F.linear(inputs[first:last], down).to(base.dtype)
+                add = piece.addmm if training else piece.addmm_
+                piece = add(low, up.to(base.dtype), alpha=self.scales[expert])
+            pieces.append(piece)
+        if not training:
+            return base
+        # No row for all the factors: experts without tokens get the gradient zero, which data-parallel
+        # training waits for, rather than none.
+        nothing = F.linear(inputs[:0], low_rank.lora_A).to(base.dtype) @ low_rank.lora_B.to(base.dtype)
+        return torch.cat([*pieces, nothing])
+
+    def delta(self, name: str, inputs: Tensor, gates: Tensor) -> Tensor | float:
+        """Return the sum over experts of gate * scale * B A inputs for projection `name`, (B, T, out).
+
+        Two products with all experts' factors serve them all; `gates` (B, T, K), zero where an expert was
+        not chosen, silences the others.
+        """
+        name = name.replace(".", "_")
+        if name not in self:
             return 0.0
-        down = torch.cat([factors.lora_A.weight for _, factors in chosen], dim=0)
-        up = torch.cat([factors.lora_B.weight for _, factors in chosen], dim=1)
+        low_rank = self[name]
+        low = F.linear(inputs, low_rank.lora_A)
         gates_R = torch.cat(
             [
-                (gates[..., e : e + 1] * self.scales[e]).expand(*gates.shape[:-1], factors.lora_A.out_features)
-                for e, factors in chosen
+                (gates[..., e : e + 1] * scale).expand(*gates.shape[:-1], low_rank.ranks[e])
+                for e, scale in enumerate(self.scales)
             ],
             dim=-1,
         )
-        return F.linear(F.linear(inputs, down) * gates_R.to(inputs.dtype), up)
+        return F.linear(low * gates_R.to(low.dtype), low_rank.lora_B.T)
 
 
 class BlockCall:
@@ -120,6 +173,7 @@ class MoeBlock(nn.Module):
         self.form = form
         self.moe_layer_idx = layer_idx
         self.top_k = config.num_experts_per_tok
+        self.num_experts = len(config.experts)
         self.renormalise = config.norm_topk_prob
         self.input_norm = config.router_input_norm
         self.router = ContextRouter(hidden_size, len(config.experts), config.router_context)
@@ -127,11 +181,7 @@ class MoeBlock(nn.Module):
         self.call: BlockCall | None = None
 
     def mixture(self, hidden: Tensor) -> Tensor:
-        """Return the MoE's output, (B, T, H), from the FFN's input.
-
-        The output projection is linear, so the chosen experts' hidden states are combined BEFORE it: the
-        base FFN's largest products are shared by the experts, whatever k is.
-        """
+        """Return the MoE's output, (B, T, H), from the FFN's input."""
         call = self.call
         routing, cache_layer = call.routing, None
         if call.cache is not None and self.router.context_logit is not None:
@@ -139,31 +189,87 @@ class MoeBlock(nn.Module):
         seen = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6) if self.input_norm else hidden
         logits = self.router(seen, routing, cache_layer)
         weights, indices = expert_weights(logits, routing, self.top_k, self.renormalise)
-        routed = routing.token_mask.unsqueeze(-1)
-        # A token that no domain owns takes the seed's FFN: weight one, every expert silent.
-        first_only = F.one_hot(torch.zeros_like(indices[..., 0]), self.top_k).to(weights.dtype)
-        weights = torch.where(routed, weights, first_only)
+        # A token that no domain owns takes the seed's FFN: number K, weight one.
+        indices = torch.where(routing.token_mask.unsqueeze(-1), indices, self.num_experts)
+        if weights is not None:
+            first_only = F.one_hot(torch.zeros_like(indices[..., 0]), self.top_k).to(weights.dtype)
+            weights = torch.where(routing.token_mask.unsqueeze(-1), weights, first_only)
         if call.norm_follows and self.top_k == 1 and self.renormalise:
-            call.gain, weights = weights, weights.detach()
+            call.gain, weights = weights, None
 
-        base = {name: self.get_submodule(name)(hidden) for name in self.form.inputs}
-        combined: Tensor | float = 0.0
-        output_delta: Tensor | float = 0.0
-        for j in range(self.top_k):
-            gates = F.one_hot(indices[..., j], len(self.experts)) * routed
-            inner = self.activate([base[name] + self.experts.delta(name, hidden, gates) for name in base])
-            inner = inner * weights[..., j : j + 1].to(hidden.dtype)
-            combined = combined + inner
-            output_delta = output_delta + self.experts.delta(self.form.output, inner, gates)
-        project = self.get_submodule(self.form.output)
-        output = project(combined) + output_delta
-        if project.bias is not None and (self.top_k == 1 or not self.renormalise):
+        output = (self.grouped if self.groups_pay(hidden) else self.side_by_side)(hidden, indices, weights)
+        bias = self.get_submodule(self.form.output).bias
+        if bias is not None and weights is not None and (self.top_k == 1 or not self.renormalise):
             # An expert's output counts by its weight, bias included: in value without renormalisation, in
             # gradient at top-1.
-            output = output + (weights.sum(-1, keepdim=True) - 1.0).to(output.dtype) * project.bias
+            output = output + (weights.sum(-1, keepdim=True) - 1.0).to(output.dtype) * bias
         if self.form.output_dropout is not None:
             output = F.dropout(output, getattr(self, self.form.output_dropout), self.training)
         return output
+
+    def groups_pay(self, hidden: Tensor) -> bool:
+        """Whether to give each expert's tokens to that expert alone, rather than silence the others' ranks.
+
+        Groups have sizes that depend on data: no compiled graph can hold them, and an accelerator has to
+        wait for them, which is only worth it where the silenced ranks cost more than a twentieth of the FFN.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        return hidden.device.type == "cpu" or self.experts.overhead > 0.05
+
+    def grouped(self, hidden: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
+        """Each expert's low-rank products on its own tokens; the base's products once, whatever k is.
+
+        The output projection is linear, so the chosen experts' hidden states are combined BEFORE it.
+
+        Args:
+            indices: (B, T, k) expert numbers; K is the seed's own FFN.
+            weights: (B, T, k), or None where all are 1.
+        """
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        groups = grouped_by_expert(indices.reshape(-1), self.num_experts)
+        order = groups.order
+        token = order
+        if self.top_k > 1:
+            pairs = torch.arange(indices.numel(), device=hidden.device) if order is None else order
+            token = pairs // self.top_k
+        # With one expert a token the base runs on sorted tokens, and nothing as wide as I is moved.
+        inputs = tokens if token is None else tokens[token]
+        seen = inputs if self.top_k == 1 else tokens
+        base = [self.get_submodule(name)(seen) for name in self.form.inputs]
+        if self.top_k > 1:
+            base = [product[token] for product in base]
+        added = zip(self.form.inputs, base, strict=True)
+        inner = self.activate([self.experts.add_grouped(name, product, inputs, groups) for name, product in added])
+        if weights is not None:
+            weight = weights.reshape(-1, 1).to(inner.dtype)
+            inner = inner * (weight if order is None else weight[order])
+        project, name = self.get_submodule(self.form.output), self.form.output
+        if self.top_k == 1:
+            output = self.experts.add_grouped(name, project(inner), inner, groups)
+            if order is not None:
+                output = torch.empty_like(output).index_copy(0, order, output)
+        else:
+            combined = inner.new_zeros(len(tokens), inner.shape[-1]).index_add(0, token, inner)
+            output = project(combined)
+            silent = output.new_zeros(len(token), output.shape[-1])
+            output = output.index_add(0, token, self.experts.add_grouped(name, silent, inner, groups))
+        return output.reshape(hidden.shape)
+
+    def side_by_side(self, hidden: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
+        """The same with all experts' ranks in one product, those of experts not chosen silenced."""
+        base = [self.get_submodule(name)(hidden) for name in self.form.inputs]
+        combined: Tensor | float = 0.0
+        output_delta: Tensor | float = 0.0
+        for j in range(self.top_k):
+            gates = F.one_hot(indices[..., j], self.num_experts + 1)
+            added = zip(self.form.inputs, base, strict=True)
+            inner = self.activate([product + self.experts.delta(name, hidden, gates) for name, product in added])
+            if weights is not None:
+                inner = inner * weights[..., j : j + 1].to(inner.dtype)
+            combined = combined + inner
+            output_delta = output_delta + self.experts.delta(self.form.output, inner, gates)
+        return self.get_submodule(self.form.output)(combined) + output_delta
 
     def activate(self, inputs: list[Tensor]) -> Tensor:
         """Return the FFN's hidden state, (B, T, I)."""

@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputReco
 
 from .configuration_metamoe import config_class
 from .experts_metamoe import BlockCall, FeedForward, LowRank, MoeBlock, form_of
+from .loading_metamoe import register_disk_layout
 from .routing_metamoe import ContextRouter, Routing, sequence_starts
 
 
@@ -95,8 +96,8 @@ class MetaMoeMixin:
             for parameter in module.parameters():
                 initialization.zeros_(parameter)
         elif isinstance(module, LowRank):
-            initialization.normal_(module.lora_A.weight, std=self.config.initializer_range)
-            initialization.zeros_(module.lora_B.weight)
+            initialization.normal_(module.lora_A, std=self.config.initializer_range)
+            initialization.zeros_(module.lora_B)
         else:
             super()._init_weights(module)
 
@@ -381,6 +382,7 @@ def model_class(family: str, head: str) -> type:
         if native is None:
             raise ValueError(f"transformers has no {family}{head} that {name} could stand on")
         config = config_class(family)
+        register_disk_layout(config.model_type)
         mixin = _mixin(native, head)
         namespace = {
             "__module__": __name__,

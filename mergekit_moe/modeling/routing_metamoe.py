@@ -155,25 +155,29 @@ class ContextRouter(nn.Module):
         return torch.lerp(scores, mean.expand_as(scores), torch.sigmoid(self.context_logit.float()))
 
 
-def expert_weights(logits: Tensor, routing: Routing, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+def expert_weights(logits: Tensor, routing: Routing, top_k: int, renormalise: bool) -> tuple[Tensor | None, Tensor]:
     """Choose each token's experts and their weights.
 
     Args:
         logits: router logits, (B, T, K).
 
     Returns:
-        weights, float32 (B, T, k), and expert indices, int64 (B, T, k).
+        weights, float32 (B, T, k), or None where all are 1 and no gradient asks for them; and expert
+        indices, int64 (B, T, k).
     """
-    probabilities = logits.softmax(dim=-1)
     forced = routing.forced_expert
     if forced is not None:
-        own = F.one_hot(forced.clamp(min=0), logits.shape[-1]).to(logits.dtype)
-        probabilities = torch.where((forced >= 0)[:, None, None], own[:, None, :], probabilities)
-    weights, indices = probabilities.topk(top_k, dim=-1)
+        own = F.one_hot(forced.clamp(min=0), logits.shape[-1]).bool()
+        pinned = torch.zeros_like(logits[:, :1]).masked_fill(~own[:, None, :], -torch.inf)
+        logits = torch.where((forced >= 0)[:, None, None], pinned, logits)
+    chosen, indices = logits.topk(top_k, dim=-1)
     if not renormalise:
-        return weights, indices
-    if top_k == 1:
-        # Straight-through: the value is exactly 1, so that a token gets exactly its expert, yet the
-        # task loss reaches the router. p / p would make the gradient vanish (the published trap).
-        return weights / weights.detach(), indices
-    return weights / weights.sum(dim=-1, keepdim=True), indices
+        return logits.softmax(dim=-1).gather(-1, indices), indices
+    if top_k > 1:
+        return chosen.softmax(dim=-1), indices
+    if not logits.requires_grad:
+        return None, indices
+    # Straight-through: the value is exactly 1, so that a token gets exactly its expert, yet the
+    # task loss reaches the router. p / p would make the gradient vanish (the published trap).
+    weights = logits.softmax(dim=-1).gather(-1, indices)
+    return weights / weights.detach(), indices

@@ -25,8 +25,8 @@ def fold(moe: PreTrainedModel, family: str, expert: int) -> PreTrainedModel:
     state = without_experts(moe)
     for block, module in blocks_of(moe):
         for projection in FFN.get(family, PROJECTIONS):
-            factors = module.experts[expert][projection.replace(".", "_")]
-            delta = factors.lora_B.weight.double() @ factors.lora_A.weight.double()
+            down, up = module.experts[projection.replace(".", "_")].factors(expert)
+            delta = up.double().T @ down.double()
             key = f"{block}.{projection}.weight"
             state[key] = (state[key].double() + moe.config.experts[expert]["scale"] * delta).float()
     dense.load_state_dict(state)
@@ -56,8 +56,9 @@ def test_a_pinned_expert_is_exactly_the_dense_expert(family: str) -> None:
 def test_identical_experts_reproduce_the_dense_expert(family: str, top_k: int) -> None:
     moe = tiny_moe(family, (4, 4, 4), num_experts_per_tok=top_k, router_excluded_token_ids=[])
     for _, block in blocks_of(moe):
-        for expert in block.experts:
-            expert.load_state_dict(block.experts[0].state_dict())
+        for low_rank in block.experts.values():
+            for matrix in (low_rank.lora_A, low_rank.lora_B):
+                matrix.data = matrix.data[:4].repeat(3, 1)
     torch.testing.assert_close(logits(moe, tokens()), logits(fold(moe, family, 0), tokens()), atol=1e-5, rtol=0)
 
 
@@ -78,12 +79,11 @@ def test_top_k_mixes_whole_ffns(top_k: int) -> None:
     given = block(hidden)
     weights, indices = expert_weights(block.router(hidden, routing), routing, top_k, True)
     expected = torch.zeros_like(given)
-    for expert, factors in enumerate(block.experts):
-        scale = moe.config.experts[expert]["scale"]
+    for expert in range(3):
 
-        def project(name: str, x: torch.Tensor, factors=factors, scale=scale) -> torch.Tensor:
-            low_rank = factors[name].lora_B.weight @ factors[name].lora_A.weight
-            return x @ (getattr(block, name).weight + scale * low_rank).T
+        def project(name: str, x: torch.Tensor, expert: int = expert) -> torch.Tensor:
+            down, up = block.experts[name].factors(expert)
+            return x @ (getattr(block, name).weight + moe.config.experts[expert]["scale"] * up.T @ down).T
 
         ffn = project("down_proj", torch.nn.functional.silu(project("gate_proj", hidden)) * project("up_proj", hidden))
         expected += ffn * (weights.double() * (indices == expert)).sum(-1, keepdim=True)
@@ -92,11 +92,31 @@ def test_top_k_mixes_whole_ffns(top_k: int) -> None:
     torch.testing.assert_close(given, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_grouped_and_side_by_side_are_the_same(
+    family: str, top_k: int, renormalise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In values and in gradients, with an anchor among the experts and tokens that no expert takes."""
+    moe = tiny_moe(family, (2, 0, 3, 4), num_experts_per_tok=top_k, norm_topk_prob=renormalise)
+    given = []
+    for grouped in (True, False):
+        monkeypatch.setattr(MoeBlock, "groups_pay", lambda block, hidden, grouped=grouped: grouped)
+        moe.zero_grad()
+        moe(tokens(), labels=tokens()).loss.backward()
+        gradients = {name: p.grad.clone() for name, p in moe.named_parameters() if p.grad is not None}
+        given.append((logits(moe, tokens()), gradients))
+    (values, gradients), (other_values, other_gradients) = given
+    torch.testing.assert_close(values, other_values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradients, other_gradients, atol=1e-5, rtol=1e-4)
+
+
 def test_changing_the_end_leaves_earlier_logits_alone(family: str) -> None:
     moe, ids = tiny_moe(family), tokens()
     changed = ids.clone()
     changed[:, 5:] = 3
-    assert torch.equal(logits(moe, ids)[:, :5], logits(moe, changed)[:, :5])
+    torch.testing.assert_close(logits(moe, ids)[:, :5], logits(moe, changed)[:, :5], atol=1e-6, rtol=1e-6)
+    assert (logits(moe, ids)[:, 5:] - logits(moe, changed)[:, 5:]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -252,7 +272,7 @@ def test_routers_stay_in_float32(tmp_path: object) -> None:
     moe.save_pretrained(tmp_path)
     half = type(moe).from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for router in routers_of(half) for p in router.parameters()} == {torch.float32}
-    assert half.model.layers[0].mlp.experts[0]["up_proj"].lora_A.weight.dtype == torch.bfloat16
+    assert half.model.layers[0].mlp.experts["up_proj"].lora_A.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
