@@ -80,14 +80,17 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Biases start at zero, where one that is lost would go unnoticed.
-            if "router" in name or "lora_" in name or name.endswith("bias"):
+            if "router" in name or ".experts." in name or "lora_" in name or name.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
 
 
-def tiny_moe(family: str, ranks: tuple[int, ...] = (2, 4, 3), **settings: Any) -> transformers.PreTrainedModel:
-    """Return a random MoE of `family`, an expert for each rank (0: an expert without any difference)."""
+def tiny_moe(family: str, ranks: tuple[int | None, ...] = (2, 4, 3), **settings: Any) -> transformers.PreTrainedModel:
+    """Return a random MoE of `family`, an expert for each rank (0: without any difference; None: dense)."""
+    projections = FFN.get(family, PROJECTIONS)
     experts = [
-        {"name": f"e{i}", "scale": 1.5, "ranks": dict.fromkeys(FFN.get(family, PROJECTIONS), rank) if rank else {}}
+        {"name": f"e{i}", "kind": "dense"}
+        if rank is None
+        else {"name": f"e{i}", "scale": 1.5, "ranks": dict.fromkeys(projections, rank) if rank else {}}
         for i, rank in enumerate(ranks)
     ]
     settings = {"router_excluded_token_ids": [BOS], **settings}

@@ -38,6 +38,7 @@ FAMILIES = {**DECODERS, **ENCODERS}
 Any other family whose layers own a recognisable FFN works too (`FORMS` in experts_metamoe.py).
 """
 
+KINDS = ("lora", "dense")
 CONTEXTS = ("prefix", "mean", "none")
 _UNNORMALISED = ("Olmo2",)
 """Families that normalise after their FFN: what goes into it, and so into the router, has any length."""
@@ -50,8 +51,23 @@ class MetaMoeConfigMixin:
     def num_experts(self) -> int:
         return len(self.experts)
 
+    @property
+    def dense_experts(self) -> list[int]:
+        """Numbers of the experts that are whole FFNs."""
+        return [number for number, expert in enumerate(self.experts) if expert.get("kind") == "dense"]
+
+    @property
+    def shares_ffn(self) -> bool:
+        """Whether the seed's own FFN is there: for factored experts, an anchor, or tokens that no domain owns."""
+        return len(self.dense_experts) < len(self.experts) or bool(self.router_excluded_token_ids)
+
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        for expert in self.experts:
+            if expert.get("kind", "lora") not in KINDS:
+                raise ValueError(
+                    f"expert {expert.get('name')!r} is of kind {expert['kind']!r}; allowed are {', '.join(KINDS)}"
+                )
         if self.router_context not in CONTEXTS:
             raise ValueError(f"router_context is {self.router_context!r}; allowed are {', '.join(CONTEXTS)}")
         if self.experts and not 1 <= self.num_experts_per_tok <= len(self.experts):
@@ -66,7 +82,8 @@ def config_class(family: str) -> type:
 
     Fields added to the native ones:
         experts: one dict an expert: `name`, `scale` (float) and `ranks` (projection name -> LoRA rank).
-            An expert without ranks is the seed's own FFN: an anchor.
+            An expert without ranks is the seed's own FFN: an anchor. One with `kind` `dense` is a whole FFN
+            of its own, and has neither.
         num_experts_per_tok: top-k of the router.
         norm_topk_prob: divide the chosen experts' weights by their sum. At top-1 the weight's value is
             then exactly 1 and its gradient is the straight-through one (p / stop_gradient(p)).

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .dense_metamoe import dense_experts_class
 from .routing_metamoe import ContextRouter, Routing, expert_weights, routed_cache_layer
 
 
@@ -87,9 +88,14 @@ class Groups(NamedTuple):
 
 def grouped_by_expert(expert_of_pair: Tensor, num_experts: int) -> Groups:
     """Return the groups of (P,) expert numbers, 0 to K; K is the seed's own FFN."""
+    if len(expert_of_pair) == 1:  # a step of generation
+        return Groups(None, [(int(expert_of_pair), 0, 1)])
     counts = torch.bincount(expert_of_pair, minlength=num_experts + 1).tolist()
-    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    spans = [(e, end - count, end) for e, (count, end) in enumerate(zip(counts, ends, strict=True)) if count]
+    spans, last = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            spans.append((expert, last, last + count))
+            last += count
     return Groups(None if len(spans) == 1 else expert_of_pair.argsort(stable=True), spans)
 
 
@@ -97,9 +103,9 @@ class FactoredExperts(nn.ModuleDict):
     """K low-rank experts around one shared FFN: projection name (dots as underscores) -> its `LowRank`."""
 
     def __init__(self, config: Any, sizes: dict[str, tuple[int, int]]) -> None:
-        ranks = {name: [int(expert["ranks"].get(name, 0)) for expert in config.experts] for name in sizes}
+        ranks = {name: [int(expert.get("ranks", {}).get(name, 0)) for expert in config.experts] for name in sizes}
         super().__init__({n.replace(".", "_"): LowRank(*sizes[n], ranks[n]) for n in sizes if any(ranks[n])})
-        self.scales = [float(expert["scale"]) for expert in config.experts]
+        self.scales = [float(expert.get("scale", 1.0)) for expert in config.experts]
         added = sum(sum(ranks[name]) * sum(size) for name, size in sizes.items())
         self.overhead = added / sum(n_in * n_out for n_in, n_out in sizes.values())
         """What products with all experts' factors cost, over the base FFN's own."""
@@ -178,7 +184,21 @@ class MoeBlock(nn.Module):
         self.input_norm = config.router_input_norm
         self.router = ContextRouter(hidden_size, len(config.experts), config.router_context)
         self.experts = FactoredExperts(config, sizes)
+        self.dense_numbers = config.dense_experts
+        self.shares_ffn = config.shares_ffn
         self.call: BlockCall | None = None
+        if not self.dense_numbers:
+            return
+        if form.inner_dropout is not None and self.get_submodule(form.inner_dropout).p > 0.0:
+            raise ValueError(f"dense experts have no dropout inside their FFN; set {form.inner_dropout}'s to 0")
+        output = linear[form.output]
+        self.experts["dense"] = dense_experts_class(form.gated, output.bias is not None)(
+            config, len(self.dense_numbers), hidden_size, output.in_features, self.get_submodule(form.activation)
+        )
+        if not self.shares_ffn:
+            for name in form.projections:
+                parent, _, child = name.rpartition(".")
+                setattr(self.get_submodule(parent), child, None)
 
     def mixture(self, hidden: Tensor) -> Tensor:
         """Return the MoE's output, (B, T, H), from the FFN's input."""
@@ -189,23 +209,57 @@ class MoeBlock(nn.Module):
         seen = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6) if self.input_norm else hidden
         logits = self.router(seen, routing, cache_layer)
         weights, indices = expert_weights(logits, routing, self.top_k, self.renormalise)
-        # A token that no domain owns takes the seed's FFN: number K, weight one.
-        indices = torch.where(routing.token_mask.unsqueeze(-1), indices, self.num_experts)
+        if self.shares_ffn:
+            # A token that no domain owns takes the seed's FFN: number K, weight one. Without that FFN only
+            # padding is left, and nobody reads what becomes of it.
+            indices = torch.where(routing.token_mask.unsqueeze(-1), indices, self.num_experts)
         if weights is not None:
             first_only = F.one_hot(torch.zeros_like(indices[..., 0]), self.top_k).to(weights.dtype)
             weights = torch.where(routing.token_mask.unsqueeze(-1), weights, first_only)
         if call.norm_follows and self.top_k == 1 and self.renormalise:
             call.gain, weights = weights, None
 
-        output = (self.grouped if self.groups_pay(hidden) else self.side_by_side)(hidden, indices, weights)
-        bias = self.get_submodule(self.form.output).bias
-        if bias is not None and weights is not None and (self.top_k == 1 or not self.renormalise):
-            # An expert's output counts by its weight, bias included: in value without renormalisation, in
-            # gradient at top-1.
-            output = output + (weights.sum(-1, keepdim=True) - 1.0).to(output.dtype) * bias
+        output = (
+            self.with_dense(hidden, indices, weights) if self.dense_numbers else self.shared(hidden, indices, weights)
+        )
         if self.form.output_dropout is not None:
             output = F.dropout(output, getattr(self, self.form.output_dropout), self.training)
         return output
+
+    def shared(self, hidden: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
+        """Return the part of experts around the shared FFN, (B, T, H); indices and weights are (B, T, k)."""
+        output = (self.grouped if self.groups_pay(hidden) else self.side_by_side)(hidden, indices, weights)
+        bias = self.get_submodule(self.form.output).bias
+        if bias is not None and weights is not None and (self.top_k == 1 or not self.renormalise or self.dense_numbers):
+            # An expert's output counts by its weight, bias included: in value without renormalisation or
+            # beside dense experts, in gradient at top-1.
+            output = output + (weights.sum(-1, keepdim=True) - 1.0).to(output.dtype) * bias
+        return output
+
+    def with_dense(self, hidden: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
+        """Return the sum of the dense experts' part and of the part of those around the shared FFN, if any."""
+        slots = torch.full_like(indices, -1)
+        for slot, number in enumerate(self.dense_numbers):
+            slots = torch.where(indices == number, slot, slots)
+        dense = slots >= 0
+        if weights is None:
+            weights = torch.ones(indices.shape, device=hidden.device)
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        chosen = (
+            slots.clamp(min=0).reshape(-1, self.top_k),
+            (weights * dense).to(hidden.dtype).reshape(-1, self.top_k),
+        )
+        if not self.shares_ffn:
+            return self.experts["dense"](tokens, *chosen).reshape(hidden.shape)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            output = self.experts["dense"](tokens, *chosen)
+        else:
+            output = torch.zeros_like(tokens)
+            rows = dense.any(-1).reshape(-1).nonzero()[:, 0]
+            if len(rows):
+                output[rows] = self.experts["dense"](tokens[rows], *(part[rows] for part in chosen))
+        indices, weights = indices.masked_fill(dense, self.num_experts), weights.masked_fill(dense, 0.0)
+        return output.reshape(hidden.shape) + self.shared(hidden, indices, weights)
 
     def groups_pay(self, hidden: Tensor) -> bool:
         """Whether to give each expert's tokens to that expert alone, rather than silence the others' ranks.

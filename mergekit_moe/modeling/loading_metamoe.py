@@ -1,4 +1,4 @@
-"""Between disk and memory: one pair of LoRA matrices an expert there, one of all experts' ranks here.
+"""Between disk and memory: one matrix an expert and projection there, all experts' fused here.
 
 Shipped inside every checkpoint, so it imports nothing but torch and transformers.
 """
@@ -45,7 +45,7 @@ class OnePerExpert(ConversionOps):
         found = {}
         first = 0
         for number, expert in enumerate(model.config.experts):
-            rank = {name.replace(".", "_"): rank for name, rank in expert["ranks"].items()}.get(projection, 0)
+            rank = {name.replace(".", "_"): rank for name, rank in expert.get("ranks", {}).items()}.get(projection, 0)
             if rank:
                 part = matrix[first : first + rank]
                 # Whole names: the library would work out a prefix only if expert 0 were among them.
@@ -59,12 +59,62 @@ class OnePerExpert(ConversionOps):
         return SideBySide(self.transposed)
 
 
+class Stack(ConversionOps):
+    """Stack dense experts; where gate and up lie apart on disk, the gate comes first."""
+
+    @torch.no_grad
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        parts = [input_dict[pattern] for pattern in source_patterns if pattern in input_dict]
+        return {target_patterns[0]: torch.stack([torch.cat(expert) for expert in zip(*parts, strict=True)])}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Unstack()
+
+
+class Unstack(ConversionOps):
+    """The reverse, under the names that the family's own FFN has."""
+
+    @torch.no_grad
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str, model: Any, **kwargs: Any) -> dict[str, Tensor]:
+        ((pattern, given),) = input_dict.items()
+        fused = given[0] if isinstance(given, list) else given
+        block, _, rest = full_layer_name.partition(".experts.*.")
+        form = model.get_submodule(block).form
+        names = (form.output,) if ".down_proj" in pattern else form.inputs
+        kind = rest.rpartition(".")[2]
+        return {
+            f"{block}.experts.{number}.{name.replace('.', '_')}.{kind}": part.contiguous()
+            for number, expert in zip(model.config.dense_experts, fused, strict=True)
+            for name, part in zip(names, expert.chunk(len(names)), strict=True)
+        }
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Stack()
+
+
+def _names(projections: list[tuple[str, ...]]) -> list[str]:
+    """Return the names without repetition, in their order: a gate stands before its up."""
+    return list(dict.fromkeys(name.replace(".", "_") for names in projections for name in names))
+
+
 def register_disk_layout(model_type: str) -> None:
     """Teach transformers' loading and saving how this family's experts lie on disk."""
-    projections = sorted({name.replace(".", "_") for form in FORMS for name in form.projections})
     converters = [
         WeightConverter(f"experts.*.{name}.lora_{factor}.weight", f"experts.{name}.lora_{factor}", [SideBySide(turned)])
-        for name in projections
+        for name in _names([form.projections for form in FORMS])
         for factor, turned in (("A", False), ("B", True))
     ]
+    fused = {
+        "gate_up_proj": _names([form.inputs for form in FORMS if form.gated]),
+        "up_proj": _names([form.inputs for form in FORMS if not form.gated]),
+        "down_proj": _names([(form.output,) for form in FORMS]),
+    }
+    for target, names in fused.items():
+        for kind, suffix in (("weight", ""), ("bias", "_bias")):
+            sources = [f"experts.*.{name}.{kind}" for name in names]
+            converters.append(WeightConverter(sources, f"experts.dense.{target}{suffix}", [Stack()]))
     register_checkpoint_conversion_mapping(model_type, converters, overwrite=True)

@@ -20,6 +20,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
 from .configuration_metamoe import config_class
+from .dense_metamoe import DenseExperts
 from .experts_metamoe import BlockCall, FeedForward, LowRank, MoeBlock, form_of
 from .loading_metamoe import register_disk_layout
 from .routing_metamoe import ContextRouter, Routing, sequence_starts
@@ -89,6 +90,22 @@ class MetaMoeMixin:
     """What the headless model and the models with a head share."""
 
     _keep_in_fp32_modules_strict = ["router"]
+    _experts_installed = False
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the library looks for the decorator in this file's text, and it stands in another
+
+    def _check_and_adjust_experts_implementation(self, experts_implementation: str | None) -> str | None:
+        # Native classes that are being built know of no experts, and refuse whatever is asked of them.
+        if not self._experts_installed:
+            return None
+        return super()._check_and_adjust_experts_implementation(experts_implementation)
+
+    def _use_experts(self, requested: str | None) -> None:
+        """Install what was asked for as soon as all classes are ours."""
+        self._experts_installed = True
+        self.config._experts_implementation_internal = self._check_and_adjust_experts_implementation(requested)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -98,6 +115,12 @@ class MetaMoeMixin:
         elif isinstance(module, LowRank):
             initialization.normal_(module.lora_A, std=self.config.initializer_range)
             initialization.zeros_(module.lora_B)
+        elif isinstance(module, DenseExperts):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("bias"):
+                    initialization.zeros_(parameter)
+                else:
+                    initialization.normal_(parameter, std=self.config.initializer_range)
         else:
             super()._init_weights(module)
 
@@ -108,8 +131,10 @@ class MetaMoeModelMixin(MetaMoeMixin):
     _auto_class = "AutoModel"
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        requested = config._experts_implementation
         super().__init__(config, *args, **kwargs)
         self.install_experts()
+        self._use_experts(requested)
         self.post_init()
 
     def install_experts(self) -> None:
@@ -234,12 +259,15 @@ class MetaMoeHeadMixin(MetaMoeMixin):
     """Any native model with a head: its headless model becomes ours, in place."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        requested = config._experts_implementation
         super().__init__(config, *args, **kwargs)
         body = self.base_model
         if not isinstance(body, MetaMoeModelMixin):
             body.__class__ = model_class(_family_of(type(self)), "Model")
             body.install_experts()
+            body._use_experts(requested)
             body.post_init()
+        self._use_experts(requested)
         self.post_init()
 
 

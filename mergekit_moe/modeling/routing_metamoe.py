@@ -138,6 +138,8 @@ class ContextRouter(nn.Module):
 
     def forward(self, hidden: Tensor, routing: Routing, cache_layer: Any = None) -> Tensor:
         """Return router logits, float32 (B, T, K), from the FFN's input (B, T, H)."""
+        if not torch.is_autocast_enabled(hidden.device.type):  # to ask costs less than to switch it off
+            return self.blend(hidden, routing, cache_layer)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.blend(hidden, routing, cache_layer)
 

@@ -1,0 +1,222 @@
+"""Speed and memory of the model class beside its dense base and the published way of running experts.
+
+    python tests/benchmarks/model_speed.py [--hidden 512 1024] [--pairs 9] [--dtype float32] [--device cpu]
+
+Every figure is the median of ratios of neighbouring runs in one process, the order turned each time.
+Not part of the test suite: it says how fast, never whether right.
+"""
+
+import argparse
+import copy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from mergekit_moe.modeling import config_class, model_class
+
+EXPERTS, RANK = 4, 16
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PREFILL, PROMPT, DECODED = 1024, 64, 48
+
+
+def shape(hidden: int) -> dict[str, int]:
+    """Return a Llama's shape; the FFN as wide as Llama's is for that hidden size."""
+    return {
+        "vocab_size": 8192,
+        "hidden_size": hidden,
+        "intermediate_size": -(-hidden * 8 // 3 // 64) * 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 64,
+    }
+
+
+def ours(hidden: int, ranks: tuple[int, ...] = (RANK,) * EXPERTS) -> PreTrainedModel:
+    """Return our model with random routers, so that every expert has work."""
+    experts = [{"name": f"e{i}", "scale": 2.0, "ranks": dict.fromkeys(PROJECTIONS, r)} for i, r in enumerate(ranks)]
+    model = model_class("Llama", "ForCausalLM")(config_class("Llama")(**shape(hidden), experts=experts))
+    randomise(model)
+    return model.eval()
+
+
+def randomise(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if ".router.weight" in name or "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+
+
+class PublishedFeedForward(nn.Module):
+    """The FFN as the paper's code runs it: a loop over experts, each a whole FFN with its LoRA beside it, and
+    expert 0 once more on every token for the sake of a shape.
+    """
+
+    def __init__(self, base: nn.Module, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.base = base
+        sizes = {"gate_proj": (hidden, intermediate), "up_proj": (hidden, intermediate)}
+        sizes["down_proj"] = (intermediate, hidden)
+        self.experts = nn.ModuleList(
+            nn.ModuleDict(
+                {n: nn.Sequential(nn.Linear(i, RANK, False), nn.Linear(RANK, o, False)) for n, (i, o) in sizes.items()}
+            )
+            for _ in range(EXPERTS)
+        )
+        self.gate = nn.Linear(hidden, EXPERTS, bias=False)
+
+    def expert(self, number: int, hidden: Tensor) -> Tensor:
+        factors = self.experts[number]
+
+        def project(name: str, x: Tensor) -> Tensor:
+            return self.base.get_submodule(name)(x) + 2.0 * factors[name](x)
+
+        return project("down_proj", self.base.act_fn(project("gate_proj", hidden)) * project("up_proj", hidden))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        output = torch.zeros_like(self.expert(0, hidden))
+        weights, chosen = self.gate(hidden).softmax(-1).topk(1)
+        for number in range(EXPERTS):
+            mine = chosen[..., 0] == number
+            if mine.any():
+                output[mine] += weights[mine] * self.expert(number, hidden[mine])
+        return output
+
+
+def published(dense: LlamaForCausalLM) -> LlamaForCausalLM:
+    model = copy.deepcopy(dense)
+    for layer in model.model.layers:
+        layer.mlp = PublishedFeedForward(layer.mlp, model.config.hidden_size, model.config.intermediate_size)
+    return model.eval()
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, ids: Tensor) -> None:
+    model(ids, use_cache=True, logits_to_keep=1)
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, ids: Tensor) -> float:
+    """Return the seconds that DECODED tokens take after a prompt."""
+    output = model(ids[:, :PROMPT], use_cache=True, logits_to_keep=1)
+    synchronise(ids)
+    start = time.perf_counter()
+    for _ in range(DECODED):
+        token = output.logits[:, -1:].argmax(-1)
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+    synchronise(ids)
+    return time.perf_counter() - start
+
+
+def synchronise(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], float | None], like: Tensor) -> float:
+    synchronise(like)
+    start = time.perf_counter()
+    inner = work()
+    synchronise(like)
+    return time.perf_counter() - start if inner is None else inner
+
+
+def speed(
+    ours: Callable[[], float | None], other: Callable[[], float | None], pairs: int, like: Tensor
+) -> tuple[float, float]:
+    """Return the median, over pairs, of other's seconds over ours, and half the interquartile range."""
+    ratios = []
+    for pair in range(pairs + 1):
+        times = {}
+        for which in (ours, other) if pair % 2 else (other, ours):
+            times[which] = seconds(which, like)
+        if pair:  # the first one warms up
+            ratios.append(times[other] / times[ours])
+    quartiles = statistics.quantiles(ratios, n=4)
+    return statistics.median(ratios), (quartiles[2] - quartiles[0]) / 2
+
+
+def memory() -> None:
+    """Print peak memory above the empty process: loading and one pass, dense and ours, each in its own process."""
+    with tempfile.TemporaryDirectory() as folder:
+        dense, moe = LlamaForCausalLM(LlamaConfig(**shape(1024))), ours(1024, (RANK,) * 16)
+        adapters = sum(p.nbytes for n, p in moe.named_parameters() if "lora_" in n or ".router." in n)
+        base = sum(p.nbytes for p in dense.parameters())
+        peaks = {}
+        for name, model in (("dense", dense), ("ours", moe)):
+            model.save_pretrained(Path(folder) / name)
+            done = subprocess.run(
+                [sys.executable, __file__, "--load", str(Path(folder) / name)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            peaks[name] = int(done.stdout.split()[-1])
+    print(
+        f"peak memory, 16 experts: ours {peaks['ours'] / 2**20:.0f} MiB; base {base / 2**20:.0f} + adapters {adapters / 2**20:.0f} MiB"
+    )
+    print(
+        f"  above dense: {(peaks['ours'] - peaks['dense']) / adapters:.2f} x adapters' bytes; dense itself {peaks['dense'] / base:.2f} x base"
+    )
+
+
+def load(folder: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def peak() -> int:  # of this program alone: getrusage's peak survives exec
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+    before = peak()
+    with torch.no_grad():
+        AutoModelForCausalLM.from_pretrained(folder)(torch.arange(64).unsqueeze(0))
+    print(peak() - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--load", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.load:
+        load(options.load)
+        return
+    torch.manual_seed(0)
+    print(
+        f"{EXPERTS} LoRA experts of rank {RANK}, top-1; {options.dtype}, {options.device}, {torch.get_num_threads()} threads"
+    )
+    for hidden in options.hidden:
+        dense = LlamaForCausalLM(LlamaConfig(**shape(hidden))).eval()
+        models = [ours(hidden), dense, published(dense)]
+        for model in models:
+            model.to(options.device, getattr(torch, options.dtype))
+        moe, dense, paper = models
+        ids = torch.randint(0, 8192, (1, PREFILL), device=options.device)
+        for name, work in (("prefill", prefill), ("decode", decode)):
+
+            def twice(work: Callable[..., float | None] = work) -> float | None:
+                first, second = work(paper, ids), work(paper, ids)
+                return None if first is None else first + second
+
+            run = lambda model, work=work: lambda: work(model, ids)  # noqa: E731
+            to_dense = speed(run(moe), run(dense), options.pairs, ids)
+            to_paper = speed(run(moe), twice, max(3, options.pairs // 2), ids)
+            print(
+                f"hidden {hidden} {name}: {to_dense[0]:.2f} x dense (± {to_dense[1]:.2f}), {to_paper[0]:.1f} x published",
+                flush=True,
+            )
+    if options.device == "cpu":
+        memory()
+
+
+if __name__ == "__main__":
+    main()
