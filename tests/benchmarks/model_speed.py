@@ -8,6 +8,7 @@ Not part of the test suite: it says how fast, never whether right.
 
 import argparse
 import copy
+import functools
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from mergekit_moe.modeling import config_class, model_class
 
@@ -54,8 +55,9 @@ def randomise(model: nn.Module) -> None:
 
 
 class PublishedFeedForward(nn.Module):
-    """The FFN as the paper's code runs it: a loop over experts, each a whole FFN with its LoRA beside it, and
-    expert 0 once more on every token for the sake of a shape.
+    """The FFN as the paper's code runs it: expert by expert, each a whole FFN with its LoRA beside it.
+
+    Expert 0 runs once more on every token, for the sake of a shape.
     """
 
     def __init__(self, base: nn.Module, hidden: int, intermediate: int) -> None:
@@ -151,22 +153,16 @@ def memory() -> None:
         peaks = {}
         for name, model in (("dense", dense), ("ours", moe)):
             model.save_pretrained(Path(folder) / name)
-            done = subprocess.run(
-                [sys.executable, __file__, "--load", str(Path(folder) / name)],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            peaks[name] = int(done.stdout.split()[-1])
-    print(
-        f"peak memory, 16 experts: ours {peaks['ours'] / 2**20:.0f} MiB; base {base / 2**20:.0f} + adapters {adapters / 2**20:.0f} MiB"
-    )
-    print(
-        f"  above dense: {(peaks['ours'] - peaks['dense']) / adapters:.2f} x adapters' bytes; dense itself {peaks['dense'] / base:.2f} x base"
-    )
+            command = [sys.executable, __file__, "--load", str(Path(folder) / name)]
+            peaks[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    above = (peaks["ours"] - peaks["dense"]) / adapters
+    print(f"peak memory, 16 experts, loading and one pass: base {base >> 20} MiB, adapters {adapters >> 20} MiB")
+    print(f"  dense {peaks['dense'] >> 20} MiB, ours {peaks['ours'] >> 20} MiB: {above:.2f} x the adapters' bytes more")
+    print("  (mapped pages of the checkpoint included: the adapters' are there a second time while they are fused)")
 
 
 def load(folder: str) -> None:
+    """Print the peak bytes of loading a model and running it once."""
     from transformers import AutoModelForCausalLM
 
     def peak() -> int:  # of this program alone: getrusage's peak survives exec
@@ -179,8 +175,44 @@ def load(folder: str) -> None:
     print(peak() - before)
 
 
+def factored(hidden: int, options: argparse.Namespace) -> None:
+    """Print the speed of factored experts over the dense base's and over the published way's."""
+    dense = LlamaForCausalLM(LlamaConfig(**shape(hidden))).eval()
+    moe, dense, paper = placed([ours(hidden), dense, published(dense)], options)
+    ids = torch.randint(0, 8192, (1, PREFILL), device=options.device)
+
+    def twice(work: Callable[..., float | None]) -> float | None:
+        first, second = work(paper, ids), work(paper, ids)
+        return None if first is None or second is None else first + second
+
+    run = functools.partial
+    for name, work in (("prefill", prefill), ("decode", decode)):
+        ratio, spread = speed(run(work, moe, ids), run(work, dense, ids), options.pairs, ids)
+        over_paper, _ = speed(run(work, moe, ids), run(twice, work), max(3, options.pairs // 2), ids)
+        print(f"hidden {hidden} {name}: {ratio:.2f} x dense (± {spread:.2f}), {over_paper:.1f} x published", flush=True)
+
+
+def against_mixtral(hidden: int, options: argparse.Namespace) -> None:
+    """Print the speed of dense experts, top-2, over stock Mixtral's of the same shape."""
+    experts = [{"name": f"e{i}", "kind": "dense"} for i in range(EXPERTS)]
+    config = config_class("Llama")(**shape(hidden), experts=experts, num_experts_per_tok=2)
+    moe = model_class("Llama", "ForCausalLM")(config).eval()
+    randomise(moe)
+    stock = MixtralForCausalLM(MixtralConfig(**shape(hidden), num_local_experts=EXPERTS, num_experts_per_tok=2)).eval()
+    moe, stock = placed([moe, stock], options)
+    ids = torch.randint(0, 8192, (1, PREFILL), device=options.device)
+    run = functools.partial
+    for name, work in (("prefill", prefill), ("decode", decode)):
+        ratio, spread = speed(run(work, moe, ids), run(work, stock, ids), options.pairs, ids)
+        print(f"hidden {hidden} {name}, dense experts top-2: {ratio:.2f} x Mixtral (± {spread:.2f})", flush=True)
+
+
+def placed(models: list[PreTrainedModel], options: argparse.Namespace) -> list[PreTrainedModel]:
+    return [model.to(options.device, getattr(torch, options.dtype)) for model in models]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Speed and memory of the model class beside its peers.")
     parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--dtype", default="float32")
@@ -191,29 +223,11 @@ def main() -> None:
         load(options.load)
         return
     torch.manual_seed(0)
-    print(
-        f"{EXPERTS} LoRA experts of rank {RANK}, top-1; {options.dtype}, {options.device}, {torch.get_num_threads()} threads"
-    )
+    print(f"{EXPERTS} LoRA experts of rank {RANK}, top-1; {options.dtype}, {options.device}")
     for hidden in options.hidden:
-        dense = LlamaForCausalLM(LlamaConfig(**shape(hidden))).eval()
-        models = [ours(hidden), dense, published(dense)]
-        for model in models:
-            model.to(options.device, getattr(torch, options.dtype))
-        moe, dense, paper = models
-        ids = torch.randint(0, 8192, (1, PREFILL), device=options.device)
-        for name, work in (("prefill", prefill), ("decode", decode)):
-
-            def twice(work: Callable[..., float | None] = work) -> float | None:
-                first, second = work(paper, ids), work(paper, ids)
-                return None if first is None else first + second
-
-            run = lambda model, work=work: lambda: work(model, ids)  # noqa: E731
-            to_dense = speed(run(moe), run(dense), options.pairs, ids)
-            to_paper = speed(run(moe), twice, max(3, options.pairs // 2), ids)
-            print(
-                f"hidden {hidden} {name}: {to_dense[0]:.2f} x dense (± {to_dense[1]:.2f}), {to_paper[0]:.1f} x published",
-                flush=True,
-            )
+        factored(hidden, options)
+    for hidden in options.hidden:
+        against_mixtral(hidden, options)
     if options.device == "cpu":
         memory()
 
