@@ -238,19 +238,18 @@ class MoeBlock(nn.Module):
 
     def with_dense(self, hidden: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
         """Return the sum of the dense experts' part and of the part of those around the shared FFN, if any."""
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        if weights is None:
+            weights = torch.ones(indices.shape, device=hidden.device)
+        if not self.shares_ffn:  # all are dense: their numbers are their places
+            chosen = (indices.reshape(-1, self.top_k), weights.to(hidden.dtype).reshape(-1, self.top_k))
+            return self.experts["dense"](tokens, *chosen).reshape(hidden.shape)
         slots = torch.full_like(indices, -1)
         for slot, number in enumerate(self.dense_numbers):
             slots = torch.where(indices == number, slot, slots)
         dense = slots >= 0
-        if weights is None:
-            weights = torch.ones(indices.shape, device=hidden.device)
-        tokens = hidden.reshape(-1, hidden.shape[-1])
-        chosen = (
-            slots.clamp(min=0).reshape(-1, self.top_k),
-            (weights * dense).to(hidden.dtype).reshape(-1, self.top_k),
-        )
-        if not self.shares_ffn:
-            return self.experts["dense"](tokens, *chosen).reshape(hidden.shape)
+        share = (weights * dense).to(hidden.dtype)
+        chosen = (slots.clamp(min=0).reshape(-1, self.top_k), share.reshape(-1, self.top_k))
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             output = self.experts["dense"](tokens, *chosen)
         else:
