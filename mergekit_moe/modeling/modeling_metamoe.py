@@ -310,9 +310,10 @@ class MetaMoeForCausalLMMixin(MetaMoeHeadMixin):
 
         # The native head returns nothing of its body's outputs but the states, so look as they pass.
         def look(module: nn.Module, body_args: Any, body_kwargs: dict[str, Any], output: Any) -> None:
-            mask = body_kwargs.get("token_mask")
-            mask = body_kwargs.get("attention_mask") if mask is None else mask
-            routed = module.routed_tokens(body_kwargs.get("input_ids"), body_kwargs.get("inputs_embeds"), mask)
+            given = inspect.signature(module.forward).bind(*body_args, **body_kwargs).arguments
+            mask = given.get("token_mask")
+            mask = given.get("attention_mask") if mask is None else mask
+            routed = module.routed_tokens(given.get("input_ids"), given.get("inputs_embeds"), mask)
             bodies.append((output.router_logits, routed))
 
         handle = self.base_model.register_forward_hook(look, with_kwargs=True)
