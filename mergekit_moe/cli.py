@@ -1,4 +1,4 @@
-"""The `metamoe` command: one subcommand a stage, each with the same two arguments. Imports nothing heavy."""
+"""The `metamoe` command: one subcommand a stage; those on a recipe share their arguments. Imports nothing heavy."""
 
 import os
 import sys
@@ -107,6 +107,32 @@ def evaluate(recipe: RecipePath, workspace: WorkspacePath = None, data_dir: Data
 def card(recipe: RecipePath, workspace: WorkspacePath = None, data_dir: DataPath = None) -> None:
     """Write the unified model's card."""
     _run(recipe, workspace, data_dir, "card")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The unified model's folder.")],
+    target: Annotated[str, typer.Option("--format", help="mixtral, qwen3_moe, qwen2_moe or flex_olmo.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+    proxies: Annotated[
+        Path | None, typer.Option("--proxies", help="Rows with `text` and `expert` (a name), to fit plain gates on.")
+    ] = None,
+) -> None:
+    """Write a unified model as a native MoE family that loads without remote code."""
+    from transformers.utils import logging
+
+    from mergekit_moe.pipeline import export_model, proxies_from_file
+
+    logging.disable_progress_bar()
+    rows = None if proxies is None else proxies_from_file(proxies, folder)
+    report = export_model(folder, target, out, rows)
+    if report["loss"] is not None:
+        shares, losses = report["routing_agreement"], report["loss"]
+        console.print(
+            f"routing agreement {shares['mean']:.3f}, loss {losses['unified']:.4f} -> {losses['export']:.4f}",
+            highlight=False,
+        )
+    console.print(f"model: {out}", highlight=False)
 
 
 def main() -> None:

@@ -23,3 +23,7 @@ class ExpertError(MetaMoeError):
 
 class WorkspaceError(MetaMoeError):
     """A stage's folder is in the way, or one that it needs is missing."""
+
+
+class ExportError(MetaMoeError):
+    """A unified model can't be written in the format that was asked for."""

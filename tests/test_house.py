@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mergekit_moe"
 GROUND = {"errors", "recipe", "workspace"}
 MATERIAL = {"architectures", "checkpoint", "data", "experts", "hub", "installed_text", "models", "training"}
-STAGES = {"alignment", "cards", "evaluation", "merging", "publication", "routing", "seed", "selection"}
+STAGES = {"alignment", "cards", "evaluation", "export", "merging", "publication", "routing", "seed", "selection"}
 TOP = {"job", "plan", "pipeline", "cli", "__main__"}
 MODELING = {"modeling"}
 

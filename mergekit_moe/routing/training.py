@@ -75,7 +75,7 @@ def fit_routers(
             are over all proxies, those that judge included.
     """
     model = load_model(merged)
-    learnt, held_out = _hold_out(proxies)
+    learnt, held_out = hold_out(proxies)
     _start(model, learnt, settings, published)
     report: dict[str, Any] = {"start": settings.start, "held_out": {settings.start: judge(model, held_out)}}
     if settings.training is not None:
@@ -129,7 +129,7 @@ def judge(model: "PreTrainedModel", proxies: "Dataset") -> dict[str, float]:
     return {"loss": loss / tokens, "routing_accuracy": right / routed_tokens}
 
 
-def _hold_out(proxies: "Dataset") -> tuple["Dataset", "Dataset"]:
+def hold_out(proxies: "Dataset") -> tuple["Dataset", "Dataset"]:
     """Return (rows to fit on, rows to judge by): of each expert's proxies every tenth, or all if none has ten."""
     places: dict[int, int] = {}
     learnt: list[int] = []
