@@ -57,7 +57,7 @@ def check(recipe: RecipePath, workspace: WorkspacePath = None, data_dir: DataPat
 
 @app.command()
 def run(recipe: RecipePath, workspace: WorkspacePath = None, data_dir: DataPath = None) -> None:
-    """Walk the whole line: select, seed, align, publish, merge, train-router, evaluate, card."""
+    """Walk the whole line: select, seed, align, publish, merge, train-router, evaluate, card, export."""
     _run(recipe, workspace, data_dir, None)
 
 
@@ -121,7 +121,7 @@ def export(
     """Write a unified model as a native MoE family that loads without remote code."""
     from transformers.utils import logging
 
-    from mergekit_moe.pipeline import export_model, proxies_from_file
+    from mergekit_moe.exporting import export_model, proxies_from_file
 
     logging.disable_progress_bar()
     rows = None if proxies is None else proxies_from_file(proxies, folder)

@@ -225,7 +225,7 @@ def _planned(source: Source, gates_LKH: Tensor) -> dict[str, tuple[int, Callable
         if ".mlp." not in name:
             first, last = facts["data_offsets"]
             plan[name] = (last - first, lambda name=name: _read(source, name))  # type: ignore[misc]
-    dtype = next(_expert(source, 0, 0, p) for p in ("down_proj",)).dtype
+    dtype = _expert(source, 0, 0, "down_proj").dtype
     hidden, inner = config.hidden_size, config.intermediate_size
     size = hidden * inner * dtype.itemsize
     for layer, gate in enumerate(gates_LKH):

@@ -4,14 +4,13 @@
 """
 
 import functools
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_moe import cards, data
 from mergekit_moe.checkpoint import read_config
-from mergekit_moe.errors import DataError, ExportError, WorkspaceError
+from mergekit_moe.errors import DataError, WorkspaceError
 from mergekit_moe.experts import ADAPTER, ADAPTER_CONFIG, PROXIES, STATISTICS, read_proxies
 from mergekit_moe.job import POOL, Job
 from mergekit_moe.plan import plan
@@ -21,7 +20,7 @@ from mergekit_moe.workspace import digest, is_main_process, read_json, write_jso
 if TYPE_CHECKING:
     from datasets import Dataset
 
-COMMANDS = ("select", "seed", "align", "publish", "merge", "train-router", "evaluate", "card")
+COMMANDS = ("select", "seed", "align", "publish", "merge", "train-router", "evaluate", "card", "export")
 _SELECTION = "selection.json"
 """A client's own report on its proxies; it stays with the client."""
 
@@ -122,6 +121,9 @@ def steps(job: Job) -> Iterator[Step]:
         "about": [expert.about for expert in job.experts()],
     }
     yield Step("card", "card", inputs | model, lambda out: _write_card(job, out))
+    for target in recipe.export:
+        inputs = {"target": target, "card": job.workspace.digest_of("card", "card")}
+        yield Step("export", f"export/{target}", inputs | model | pool, functools.partial(_export, job, target))
 
 
 def _nothing(out: Path) -> None:
@@ -241,14 +243,35 @@ def _merge(job: Job, out: Path) -> None:
 
 def _route(job: Job, out: Path) -> None:
     import torch
-    from datasets import concatenate_datasets
     from safetensors.torch import load_file
 
-    from mergekit_moe.models import load_tokenizer
     from mergekit_moe.routing.training import fit_routers
 
+    counts, sums = [], []
+    for expert in job.experts() if job.recipe.router.start == "centroid" else ():
+        published = load_file(expert.folder / STATISTICS)
+        layers = sum(key.endswith(".sum") for key in published)
+        counts.append(published["layers.0.count"])
+        sums.append(torch.stack([published[f"layers.{layer}.sum"] for layer in range(layers)]))
+    published = {"count": torch.stack(counts), "sum": torch.stack(sums, dim=1)} if counts else {}
+    fit_routers(
+        job.workspace.folder("merged"),
+        _proxy_tokens(job),
+        job.recipe.router,
+        published=published,
+        seed=job.recipe.seed,
+        out=out,
+    )
+
+
+def _proxy_tokens(job: Job) -> "Dataset":
+    """Return the tokenised union of the proxies, with a column `expert`."""
+    from datasets import concatenate_datasets
+
+    from mergekit_moe.models import load_tokenizer
+
     tokenizer = load_tokenizer(job.base.folder)
-    parts, counts, sums = [], [], []
+    parts = []
     for number, expert in enumerate(job.experts()):
         tokens = data.tokenize(job.proxy_rows(expert), tokenizer, job.recipe.router.max_length)
         if len(tokens) == 0:
@@ -257,20 +280,15 @@ def _route(job: Job, out: Path) -> None:
                 f"{job.recipe.router.max_length}; raise it"
             )
         parts.append(tokens.add_column("expert", [number] * len(tokens)))
-        if job.recipe.router.start == "centroid":
-            published = load_file(expert.folder / STATISTICS)
-            layers = sum(key.endswith(".sum") for key in published)
-            counts.append(published["layers.0.count"])
-            sums.append(torch.stack([published[f"layers.{layer}.sum"] for layer in range(layers)]))
-    published = {"count": torch.stack(counts), "sum": torch.stack(sums, dim=1)} if counts else {}
-    fit_routers(
-        job.workspace.folder("merged"),
-        concatenate_datasets(parts),
-        job.recipe.router,
-        published=published,
-        seed=job.recipe.seed,
-        out=out,
-    )
+    return concatenate_datasets(parts)
+
+
+def _export(job: Job, target: str, out: Path) -> None:
+    from mergekit_moe.exporting import fill_export
+
+    license = cards.license_of(job.workspace.folder("card"))
+    name = f"{job.name}-{target}"
+    fill_export(job.workspace.folder("model"), target, _proxy_tokens(job), name=name, license=license, out=out)
 
 
 def _evaluate(job: Job, out: Path) -> None:
@@ -365,81 +383,3 @@ def _place_card(job: Job) -> None:
         partial = target.with_name(".README.md.partial")
         partial.write_bytes(text)
         partial.replace(target)
-
-
-def export_model(folder: Path, target: str, out: Path, proxies: "Dataset | None" = None) -> dict[str, Any]:
-    """Write a unified model as the native family `target`; return what export_report.json says.
-
-    The folder `out` appears by rename, whole or not at all.
-
-    Args:
-        proxies: tokenised rows with a column `expert`: they fit the plain gates, and every tenth judges.
-
-    Raises:
-        ExportError: if the format can't hold the model, or the gates need proxies and there are none.
-        WorkspaceError: if `out` is there already.
-    """
-    from mergekit_moe.export import observe, read_source, report_on, trained_gates, write_export
-    from mergekit_moe.models import load_model
-    from mergekit_moe.routing.refit import plain_gates
-    from mergekit_moe.routing.training import hold_out
-
-    if out.exists():
-        raise WorkspaceError(f"{out} is there already; choose another --out, or move it away")
-    source = read_source(folder, target)
-    learnt = held_out = None
-    if proxies is None:
-        gates, fitting = trained_gates(source), "as trained"
-    else:
-        _require_every_expert(source.config.experts, proxies)
-        learnt, held_out = hold_out(proxies)
-        gates, fitting = plain_gates(load_model(folder), learnt)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        partial = Path(scratch) / out.name
-        partial.mkdir()
-        write_export(source, gates, partial)
-        seen = []
-        for place in (folder, partial) if held_out is not None else ():
-            config = source.config
-            excluded = list(config.router_excluded_token_ids)
-            seen.append(observe(load_model(place), held_out, config.num_experts_per_tok, excluded))
-        report = report_on(source, fitting, *(seen or (None, None)))
-        write_json(partial / "export_report.json", report)
-        card = cards.render("export.md.j2", name=out.name, license=cards.license_of(folder), report=report)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        partial.rename(out)
-    return report
-
-
-def proxies_from_file(path: Path, folder: Path, max_length: int = 512) -> "Dataset":
-    """Return tokenised proxies from rows with the columns `text` and `expert` (a name).
-
-    Raises:
-        DataError: if the file can't be read, or lacks one of the columns.
-    """
-    from datasets import concatenate_datasets
-
-    from mergekit_moe.models import load_tokenizer
-    from mergekit_moe.recipe import DataSource
-
-    source = DataSource(dataset=str(path.absolute()), text="{text}", tag="expert")
-    rows = data.load_rows([source], Path(), "--proxies")
-    tokenizer = load_tokenizer(folder)
-    parts = []
-    for number, expert in enumerate(read_config(folder, "config.json", "export").get("experts", [])):
-        chosen = rows.select([row for row, tag in enumerate(rows["tag"]) if tag == expert["name"]])
-        if len(chosen) == 0:
-            raise DataError(f"--proxies: no row has the expert '{expert['name']}'; every expert needs some")
-        tokens = data.tokenize(chosen, tokenizer, max_length)
-        parts.append(tokens.add_column("expert", [number] * len(tokens)))
-    if not parts:
-        raise ExportError(f"{folder} names no experts; it is no model that `metamoe merge` made")
-    return concatenate_datasets(parts)
-
-
-def _require_every_expert(experts: list[dict[str, Any]], proxies: "Dataset") -> None:
-    present = set(proxies["expert"])
-    for number, expert in enumerate(experts):
-        if number not in present:
-            raise DataError(f"--proxies: no row of the expert '{expert['name']}' has a token; every expert needs some")

@@ -15,6 +15,7 @@ RESERVED_NAMES = ("seed", "soup", "unified")
 """Methods that the results are reported for beside the experts."""
 
 InstalledText = Literal["library-source", "manual", "unicode-names", "licences"]
+ExportFormat = Literal["mixtral", "qwen3_moe", "qwen2_moe", "flex_olmo"]
 
 
 class Spec(BaseModel):
@@ -276,6 +277,8 @@ class Recipe(Spec):
     router: Router = Router()
     evaluation: Evaluation = Evaluation()
     card: Card = Card()
+    export: list[ExportFormat] = []
+    """Native families to write the model as, too: folders that load without remote code."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

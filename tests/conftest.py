@@ -95,7 +95,7 @@ def tiny_moe(family: str, ranks: tuple[int | None, ...] = (2, 4, 3), **settings:
     ]
     settings = {"router_excluded_token_ids": [BOS], **settings}
     torch.manual_seed(0)
-    config = config_class(family)(**TINY, **SPECIAL.get(family, {}), experts=experts, **settings)
+    config = config_class(family)(**{**TINY, **SPECIAL.get(family, {}), "experts": experts, **settings})
     model = model_class(family, "ForCausalLM" if family in DECODERS else "Model")(config).eval()
     randomise(model)
     return model

@@ -17,7 +17,7 @@ from mergekit_moe.checkpoint import shards_of
 from mergekit_moe.errors import DataError, ExportError, MetaMoeError, WorkspaceError
 from mergekit_moe.export import fold, read_source, trained_gates, write_export
 from mergekit_moe.models import routers_of
-from mergekit_moe.pipeline import export_model
+from mergekit_moe.exporting import export_model
 from mergekit_moe.routing.refit import fold_bias
 from mergekit_moe.routing.training import hold_out
 from mergekit_moe.seed import train_tokenizer
@@ -55,7 +55,7 @@ def proxy_rows(n: int = 30) -> Dataset:
     for i in range(n):
         ids = torch.randint(0, 31, (12,), generator=torch.Generator().manual_seed(i)) + 2 + 31 * (i % 3)
         ids = [1, *ids.tolist()]
-        rows.append({"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids), "expert": i % 3})
+        rows.append({"input_ids": ids, "labels": ids, "expert": i % 3})
     return Dataset.from_list(rows)
 
 
@@ -190,7 +190,7 @@ def test_damage_found_while_writing_leaves_nothing(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     model.save_pretrained(tmp_path / "moe")
-    with pytest.raises(ExportError, match="model.norm.weight holds NaN"):
+    with pytest.raises(ExportError, match=r"model\.norm\.weight holds NaN"):
         export_model(tmp_path / "moe", "mixtral", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["moe"]
 
@@ -237,3 +237,17 @@ def test_the_command_exports_with_proxies_and_ends_in_code_2_on_bad_input(
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "moe" / file).read_bytes()
     stock(tmp_path / "out")
+
+
+def test_a_recipe_that_asks_for_exports_gets_them_last(tmp_path: Path) -> None:
+    from test_pipeline import metamoe, tiny_recipe
+
+    recipe = tiny_recipe(tmp_path)
+    recipe.write_text(recipe.read_text() + "\nexport: [mixtral]\n")
+    metamoe("run", recipe, "--workspace", tmp_path / "out")
+    folder = tmp_path / "out" / "export" / "mixtral"
+    report = json.loads((folder / "export_report.json").read_text())
+    assert 0.0 < report["routing_agreement"]["mean"] <= 1.0
+    assert str(tmp_path) not in (folder / "README.md").read_text() + (folder / "config.json").read_text()
+    stock(folder)
+    assert "export/mixtral: up to date" in metamoe("run", recipe, "--workspace", tmp_path / "out").stdout
