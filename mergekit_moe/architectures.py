@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from mergekit_moe.errors import ExpertError
+from mergekit_moe.errors import ExpertError, ExportError
 
 
 class Architecture(NamedTuple):
@@ -67,3 +67,30 @@ def architecture_of(config: dict[str, Any], what: str) -> Architecture:
             "(a family is added in mergekit_moe/architectures.py)"
         )
     return ARCHITECTURES[model_type]
+
+
+EXPORTS = {
+    "mixtral": ("llama", "mistral"),
+    "qwen3_moe": ("qwen3",),
+    "qwen2_moe": ("qwen2",),
+    "flex_olmo": ("olmo2",),
+}
+"""Native MoE family -> the dense families whose attention and norms it shares exactly (export.py writes them)."""
+
+
+def require_export(target: str, model_type: str, *, renormalises: bool) -> None:
+    """Raise ExportError unless the native family `target` can hold a unified model of this dense family.
+
+    Args:
+        target: model_type of the export.
+        model_type: of the base model.
+        renormalises: whether the chosen experts' weights are divided by their sum.
+    """
+    if target not in EXPORTS:
+        raise ExportError(f"no export format is called '{target}'; allowed are {', '.join(EXPORTS)}")
+    if model_type not in EXPORTS[target]:
+        fitting = [name for name, families in EXPORTS.items() if model_type in families]
+        remedy = f"it can become {', '.join(fitting)}" if fitting else "no native format fits that family"
+        raise ExportError(f"a {model_type} model can't be exported as {target}; {remedy}")
+    if target == "mixtral" and not renormalises:
+        raise ExportError("mixtral always renormalises its experts' weights, and this model doesn't; merge it anew")

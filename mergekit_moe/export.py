@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 import mergekit_moe.modeling  # noqa: F401  registers the classes that read the folder
+from mergekit_moe.architectures import require_export
 from mergekit_moe.checkpoint import WEIGHTS, companions, read_config, read_header, shards_of, write_index
 from mergekit_moe.data import batches
 from mergekit_moe.errors import ExportError
@@ -38,32 +39,22 @@ class Target(NamedTuple):
 
     native: str
     """Prefix of its classes."""
-    families: tuple[str, ...]
-    """Dense families whose attention and norms it shares exactly."""
     block: str = "mlp"
     names: tuple[str, str, str] = _PROJECTIONS
     """Of gate, up and down."""
     attention_bias: bool = True
     """Whether its attention can have biases."""
-    always_renormalises: bool = False
     per_layer_windows: bool = False
     """Whether it can give some layers a sliding window and others none."""
 
 
 TARGETS = {
-    "mixtral": Target(
-        "Mixtral",
-        ("llama", "mistral"),
-        "block_sparse_moe",
-        ("w1", "w3", "w2"),
-        attention_bias=False,
-        always_renormalises=True,
-    ),
-    "qwen3_moe": Target("Qwen3Moe", ("qwen3",)),
-    "qwen2_moe": Target("Qwen2Moe", ("qwen2",), per_layer_windows=True),
-    "flex_olmo": Target("FlexOlmo", ("olmo2",)),
+    "mixtral": Target("Mixtral", "block_sparse_moe", ("w1", "w3", "w2"), attention_bias=False),
+    "qwen3_moe": Target("Qwen3Moe"),
+    "qwen2_moe": Target("Qwen2Moe", per_layer_windows=True),
+    "flex_olmo": Target("FlexOlmo"),
 }
-"""model_type of the export -> how it is made."""
+"""model_type of the export -> how it is made; which families fit stands in architectures.py."""
 
 
 class Source(NamedTuple):
@@ -82,21 +73,15 @@ def read_source(folder: Path, target: str) -> Source:
     Raises:
         ExportError: if the folder is no unified model, or the format can't hold it exactly.
     """
-    if target not in TARGETS:
-        raise ExportError(f"no export format is called '{target}'; allowed are {', '.join(TARGETS)}")
-    model_type = str(read_config(folder, "config.json", "export").get("model_type"))
+    raw = read_config(folder, "config.json", "export")
+    model_type = str(raw.get("model_type"))
     if not model_type.startswith(_OURS):
         raise ExportError(f"{folder} holds a model of type '{model_type}', not one that `metamoe merge` made")
-    form, family = TARGETS[target], model_type.removeprefix(_OURS)
-    if family not in form.families:
-        fitting = [name for name, other in TARGETS.items() if family in other.families]
-        remedy = f"it can become {', '.join(fitting)}" if fitting else "no native format fits that family"
-        raise ExportError(f"a {family} model can't be exported as {target}; {remedy}")
+    require_export(target, model_type.removeprefix(_OURS), renormalises=raw.get("norm_topk_prob", True))
+    form = TARGETS[target]
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     shards = shards_of(folder, "export")
     headers = {name: (shard, facts) for shard, header in shards.items() for name, facts in header.items()}
-    if form.always_renormalises and not config.norm_topk_prob:
-        raise ExportError(f"{target} always renormalises its experts' weights, and this model has norm_topk_prob false")
     layers = getattr(config, "layer_types", None) or []
     if not form.per_layer_windows and "sliding_attention" in layers:
         raise ExportError(f"{target} can't give single layers a sliding window; set use_sliding_window false")
@@ -157,8 +142,8 @@ def write_export(source: Source, gates_LKH: Tensor, out: Path, shard_bytes: int 
     if len(files) > 1:
         write_index(out, {file: read_header(out / file, "export") for file in files})
     native_config(source).save_pretrained(out)
-    for file in companions(source.folder):
-        shutil.copyfile(file, out / file.name)
+    for companion in companions(source.folder):
+        shutil.copyfile(companion, out / companion.name)
 
 
 def native_config(source: Source) -> Any:
@@ -213,8 +198,8 @@ def _expert(source: Source, layer: int, number: int, projection: str) -> Tensor:
     weight = _read(source, f"{block}.{projection}.weight")
     if not expert.get("ranks", {}).get(projection):
         return weight
-    factors = [_read(source, f"{own}.lora_{factor}.weight") for factor in "AB"]
-    return fold(weight, *factors, scale=expert["scale"])
+    lora_A, lora_B = (_read(source, f"{own}.lora_{factor}.weight") for factor in "AB")
+    return fold(weight, lora_A, lora_B, expert["scale"])
 
 
 def _planned(source: Source, gates_LKH: Tensor) -> dict[str, tuple[int, Callable[[], Tensor]]]:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 
-from mergekit_moe.architectures import architecture_of
+from mergekit_moe.architectures import architecture_of, require_export
 from mergekit_moe.checkpoint import read_config, shards_of
 from mergekit_moe.errors import DataError, ExpertError, MetaMoeError
 from mergekit_moe.experts import STATISTICS
@@ -35,6 +35,8 @@ def plan(job: Job, *, merging: bool = True) -> list[tuple[str, str]]:
     attempt(lambda: _plan_workspace(job))
     attempt(lambda: _plan_base(job))
     attempt(lambda: _plan_pool(job))
+    for target in job.recipe.export:
+        attempt(functools.partial(_plan_export, job, target))
     for expert in job.recipe.experts:
         attempt(functools.partial(_plan_expert, job, expert))
     if problems:
@@ -47,6 +49,8 @@ def plan(job: Job, *, merging: bool = True) -> list[tuple[str, str]]:
 def _plan_workspace(job: Job) -> list[tuple[str, str]]:
     for name in ("embeddings", "seed", "merged", "model", "evaluation", "card"):
         job.workspace.require_free(name)
+    for target in job.recipe.export:
+        job.workspace.require_free(f"export/{target}")
     for client in job.clients:
         for stage in ("proxies", "aligned", "experts"):
             job.workspace.require_free(f"{stage}/{client.name}")
@@ -62,6 +66,14 @@ def _plan_base(job: Job) -> list[tuple[str, str]]:
     shards = shards_of(job.base.folder, "base_model")
     size = sum((job.base.folder / shard).stat().st_size for shard in shards)
     return [("base", f"{job.base.source} ({config['model_type']}, {size / 1e6:,.1f} MB, licence {job.base_license})")]
+
+
+def _plan_export(job: Job, target: str) -> list[tuple[str, str]]:
+    model_type = "llama"
+    if not isinstance(job.recipe.base_model, Seed):
+        model_type = str(read_config(job.base.folder, "config.json", "base_model").get("model_type"))
+    require_export(target, model_type, renormalises=job.recipe.merge.renormalise)
+    return [("export", f"{target}, with gates fitted on the proxies")]
 
 
 def _plan_pool(job: Job) -> list[tuple[str, str]]:

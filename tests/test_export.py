@@ -16,8 +16,8 @@ from mergekit_moe import cli
 from mergekit_moe.checkpoint import shards_of
 from mergekit_moe.errors import DataError, ExportError, MetaMoeError, WorkspaceError
 from mergekit_moe.export import fold, read_source, trained_gates, write_export
-from mergekit_moe.models import routers_of
 from mergekit_moe.exporting import export_model
+from mergekit_moe.models import routers_of
 from mergekit_moe.routing.refit import fold_bias
 from mergekit_moe.routing.training import hold_out
 from mergekit_moe.seed import train_tokenizer
@@ -92,6 +92,56 @@ def test_anchors_and_dense_experts_are_exported_too(tmp_path: Path, ranks: tuple
     export_model(tmp_path / "moe", "mixtral", tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(stock(tmp_path / "out")(tokens()).logits, ours(tokens()).logits, atol=1e-5, rtol=0)
+
+
+DETAILS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tied embeddings": ("Llama", "mixtral", {"tie_word_embeddings": True}),
+    "Llama 3 rope": (
+        "Llama",
+        "mixtral",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 50.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8,
+            }
+        },
+    ),
+    "head size": ("Llama", "mixtral", {"head_dim": 16}),
+    "activation and norm": ("Llama", "mixtral", {"hidden_act": "gelu", "rms_norm_eps": 1e-2}),
+    "window": ("Mistral", "mixtral", {"sliding_window": 4}),
+    "windows in some layers": (
+        "Qwen2",
+        "qwen2_moe",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "attention bias": ("Qwen3", "qwen3_moe", {"attention_bias": True}),
+    "rope base": ("Olmo2", "flex_olmo", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
+}
+
+
+@pytest.mark.parametrize("case", DETAILS)
+def test_details_of_the_configuration_arrive(tmp_path: Path, case: str) -> None:
+    family, target, settings = DETAILS[case]
+    ours = saved(tmp_path / "moe", family, **settings)
+    export_model(tmp_path / "moe", target, tmp_path / "out")
+    with torch.no_grad():
+        expected = ours(tokens(length=20)).logits
+        torch.testing.assert_close(stock(tmp_path / "out")(tokens(length=20)).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_half_precision_stays_half_precision(tmp_path: Path) -> None:
+    model = tiny_moe("Llama", **PLAIN).bfloat16()
+    for router in routers_of(model):
+        torch.nn.init.zeros_(router.bias)
+    model.save_pretrained(tmp_path / "moe")
+    export_model(tmp_path / "moe", "mixtral", tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in stored} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_a_small_buffer_writes_many_shards_of_the_same_model(tmp_path: Path) -> None:
@@ -237,6 +287,16 @@ def test_the_command_exports_with_proxies_and_ends_in_code_2_on_bad_input(
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "moe" / file).read_bytes()
     stock(tmp_path / "out")
+
+
+def test_a_recipe_whose_base_cannot_become_the_format_is_stopped_by_check(tmp_path: Path) -> None:
+    from test_pipeline import metamoe, tiny_recipe
+
+    recipe = tiny_recipe(tmp_path)
+    recipe.write_text(recipe.read_text() + "\nexport: [qwen3_moe]\n")
+    done = metamoe("check", recipe, check=False)
+    assert done.returncode == 2
+    assert "a llama model can't be exported as qwen3_moe; it can become mixtral" in done.stderr
 
 
 def test_a_recipe_that_asks_for_exports_gets_them_last(tmp_path: Path) -> None:
