@@ -23,7 +23,7 @@ from .configuration_metamoe import config_class
 from .dense_metamoe import DenseExperts
 from .experts_metamoe import BlockCall, FeedForward, LowRank, MoeBlock, form_of
 from .loading_metamoe import register_disk_layout
-from .routing_metamoe import ContextRouter, Routing, sequence_starts
+from .routing_metamoe import ContextRouter, Routing, refuse_split_sequences, sequence_starts
 
 
 class MoeFeedForward(MoeBlock):
@@ -90,6 +90,11 @@ class MetaMoeMixin:
     """What the headless model and the models with a head share."""
 
     _keep_in_fp32_modules_strict = ["router"]
+
+    @property
+    def supports_context_parallel(self) -> bool:
+        return self.config.router_context == "none" and super().supports_context_parallel
+
     _experts_installed = False
 
     @classmethod
@@ -203,8 +208,10 @@ class MetaMoeDecoderMixin(MetaMoeModelMixin):
             token_mask: (B, T or past + T), 0 at padding. Needed only where `attention_mask` is not 2-D.
             forced_expert: (B,) int, the expert for every token of a row; -1 leaves the choice to the router.
         """
-        if kwargs.get("cache") is not None and self.config.router_context != "none":
-            raise ValueError(_NO_CONTINUOUS_BATCHING)
+        if self.config.router_context != "none":
+            refuse_split_sequences(self.config)
+            if kwargs.get("cache") is not None:
+                raise ValueError(_NO_CONTINUOUS_BATCHING)
         starts = None
         if attention_mask is None and past_key_values is None and position_ids is not None:
             starts = sequence_starts(position_ids)

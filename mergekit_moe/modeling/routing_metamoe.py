@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.masking_utils import find_packed_sequence_indices
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 class Routing(NamedTuple):
@@ -90,6 +91,26 @@ def sequence_starts(position_ids: Tensor) -> Tensor | None:
     new = torch.diff(sequence_ids, prepend=sequence_ids[:, :1], dim=-1) != 0
     places = torch.arange(sequence_ids.shape[1], device=sequence_ids.device)
     return torch.where(new, places, 0).cummax(dim=-1).values
+
+
+def refuse_split_sequences(config: Any) -> None:
+    """Refuse context parallelism: each rank would take its own piece of a text for the whole context.
+
+    Both kinds put an attention function of their own in place: torch's (accelerate uses it) instead of
+    SDPA while its context lasts, DeepSpeed's Ulysses in the library's table of attention functions.
+
+    Raises:
+        ValueError: if texts are split over ranks.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for attention in (F.scaled_dot_product_attention, ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)):
+        module = getattr(attention, "__globals__", {}).get("__name__", "")
+        if "context_parallel" in module or "sequence_parallel" in module:
+            raise ValueError(
+                "context or sequence parallelism splits a text over ranks, and the router's context needs it "
+                "whole; set cp_size and sp_size to 1, or use a model whose router_context is 'none'"
+            )
 
 
 def prefix_sums(values: Tensor, routing: Routing, past: Tensor | None = None) -> Tensor:
