@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from .experts_metamoe import FORMS
+from .experts_metamoe import FeedForward
 
 
 class SideBySide(ConversionOps):
@@ -96,25 +96,26 @@ class Unstack(ConversionOps):
         return Stack()
 
 
-def _names(projections: list[tuple[str, ...]]) -> list[str]:
-    """Return the names without repetition, in their order: a gate stands before its up."""
-    return list(dict.fromkeys(name.replace(".", "_") for names in projections for name in names))
+_BIASED: set[str] = set()
 
 
-def register_disk_layout(model_type: str) -> None:
-    """Teach transformers' loading and saving how this family's experts lie on disk."""
+def register_disk_layout(model_type: str, form: FeedForward, biased: bool) -> None:
+    """Teach transformers' loading and saving how a family's experts lie on disk.
+
+    Called by every model that is built, so what one model of a family needs stays known for the others.
+    """
+    if biased:
+        _BIASED.add(model_type)
+    inputs = [name.replace(".", "_") for name in form.inputs]
+    output = form.output.replace(".", "_")
     converters = [
         WeightConverter(f"experts.*.{name}.lora_{factor}.weight", f"experts.{name}.lora_{factor}", [SideBySide(turned)])
-        for name in _names([form.projections for form in FORMS])
+        for name in (*inputs, output)
         for factor, turned in (("A", False), ("B", True))
     ]
-    fused = {
-        "gate_up_proj": _names([form.inputs for form in FORMS if form.gated]),
-        "up_proj": _names([form.inputs for form in FORMS if not form.gated]),
-        "down_proj": _names([(form.output,) for form in FORMS]),
-    }
-    for target, names in fused.items():
-        for kind, suffix in (("weight", ""), ("bias", "_bias")):
+    kinds = [("weight", "")] + ([("bias", "_bias")] if model_type in _BIASED else [])
+    for target, names in (("gate_up_proj" if form.gated else "up_proj", inputs), ("down_proj", [output])):
+        for kind, suffix in kinds:
             sources = [f"experts.*.{name}.{kind}" for name in names]
             converters.append(WeightConverter(sources, f"experts.dense.{target}{suffix}", [Stack()]))
     register_checkpoint_conversion_mapping(model_type, converters, overwrite=True)

@@ -163,7 +163,9 @@ class MetaMoeModelMixin(MetaMoeMixin):
                 module.__class__ = _swapped(MoeFeedForward, type(module))
                 if (norm := getattr(layer, _NORM_AFTER_FFN, None)) is not None:
                     norm.__class__ = _swapped(NormAfterExperts, type(norm))
+            biased = module.get_submodule(form.output).bias is not None
             module.add_experts(self.config, layer_idx, form)
+        register_disk_layout(self.config.model_type, form, biased)
         # A class that was swapped in after __init__ isn't in the library's registry yet.
         _CAN_RECORD_REGISTRY[self] = self._can_record_outputs
 
@@ -418,7 +420,6 @@ def model_class(family: str, head: str) -> type:
         if native is None:
             raise ValueError(f"transformers has no {family}{head} that {name} could stand on")
         config = config_class(family)
-        register_disk_layout(config.model_type)
         mixin = _mixin(native, head)
         namespace = {
             "__module__": __name__,
