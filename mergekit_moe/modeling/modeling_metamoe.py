@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import initialization
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
@@ -99,7 +99,7 @@ class MetaMoeMixin:
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True  # the library looks for the decorator in this file's text, and it stands in another
+        return True  # the library looks for `@use_experts_implementation` in this file; it stands in another
 
     def _check_and_adjust_experts_implementation(self, experts_implementation: str | None) -> str | None:
         # Native classes that are being built know of no experts, and refuse whatever is asked of them.
@@ -302,7 +302,7 @@ class MetaMoeForCausalLMMixin(MetaMoeHeadMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> tuple | CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         """Run the model; with `output_router_logits`, return them and add the routers' losses to the loss."""
         kwargs |= {
             "input_ids": input_ids,
