@@ -15,7 +15,9 @@ from mergekit_moe.workspace import write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CODE = tuple(f"{name}_metamoe.py" for name in ("configuration", "dense", "experts", "loading", "modeling", "routing"))
+_CODE = tuple(
+    f"{name}_metamoe.py" for name in ("configuration", "dense", "experts", "layers", "loading", "modeling", "routing")
+)
 
 
 def merge_experts(base: Path, experts: list[Expert], merge: Merge, router: Router, *, out: Path) -> None:

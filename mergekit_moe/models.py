@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mergekit_moe.modeling.routing_metamoe import ContextRouter, Routing
+from mergekit_moe.modeling.routing_metamoe import ContextRouter, Routing, prompt_tokens
 from mergekit_moe.workspace import process_state
 
 
@@ -37,6 +37,18 @@ def load_model(folder: Path) -> PreTrainedModel:
 def load_tokenizer(folder: Path) -> Any:
     """Return a model folder's tokenizer; never runs a checkpoint's own code."""
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def scored_inputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what `model` reads of a collated batch when nobody asks it for a loss.
+
+    A router whose context is the prompt has to be told which tokens that is.
+    """
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if getattr(model.config, "router_context", None) == "prompt":
+        routed = model.base_model.routed_tokens(inputs["input_ids"], None, inputs["attention_mask"])
+        inputs["prompt_mask"] = prompt_tokens(batch["labels"], routed, None)
+    return inputs
 
 
 def routers_of(model: nn.Module) -> list[ContextRouter]:

@@ -357,11 +357,18 @@ def _write_card(job: Job, out: Path) -> None:
     (out / "README.md").write_text(card, encoding="utf-8")
 
 
+_CONTEXTS = {
+    "prefix": "the running mean of its prefix",
+    "prompt": "the mean of the prompt, which stays as it is for the completion",
+    "none": "no context",
+}
+
+
 def _describe_router(recipe: Recipe, fitted: dict[str, Any]) -> str:
     router = recipe.router
-    context = "the running mean of its prefix" if router.context == "prefix" else "no context"
     lines = [
-        f"Linear in each layer's FFN input, with {context}; started in closed form (`{router.start}`) from the proxies."
+        f"Linear in each layer's FFN input, with {_CONTEXTS[router.context]}; "
+        f"started in closed form (`{router.start}`) from the proxies."
     ]
     for name, judged in fitted["held_out"].items():
         lines.append(

@@ -221,7 +221,9 @@ class RouterTraining(Training):
 class Router(Spec):
     """How tokens find their expert."""
 
-    context: Literal["prefix", "none"] = "prefix"
+    context: Literal["prefix", "prompt", "none"] = "prefix"
+    """What a token's own scores are mixed with: their running mean over its prefix, their mean over the prompt
+    (frozen while the completion is read or written), or nothing."""
     context_weight: float = Field(0.95, gt=0, lt=1)
     """Where lambda starts, in every layer."""
     start: Literal["lda", "centroid"] = "lda"

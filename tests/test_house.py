@@ -62,7 +62,7 @@ def test_the_shipped_model_code_needs_only_torch_and_transformers() -> None:
     for path in (PACKAGE / "modeling").glob("*_metamoe.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level == 0:
-                assert (node.module or "").split(".")[0] in {"torch", "transformers", "typing"}
+                assert (node.module or "").split(".")[0] in {"collections", "torch", "transformers", "typing"}
             if isinstance(node, ast.Import):
                 standard = {"functools", "inspect", "re"}
                 assert {a.name.split(".")[0] for a in node.names} <= standard | {"torch", "transformers"}

@@ -10,7 +10,7 @@ from mergekit_moe.data import IGNORED, batches, tokenize
 from mergekit_moe.errors import DataError
 from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
 from mergekit_moe.evaluation.tables import RESULTS
-from mergekit_moe.models import load_model, load_tokenizer, recorded_routers
+from mergekit_moe.models import load_model, load_tokenizer, recorded_routers, scored_inputs
 from mergekit_moe.recipe import Evaluation
 from mergekit_moe.workspace import write_json
 
@@ -83,7 +83,7 @@ def row_losses(model: "PreTrainedModel", rows: "Dataset", batch_size: int) -> tu
     sums: list[float] = []
     counts: list[int] = []
     for batch in batches(rows, batch_size, model.device):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        logits = model(**scored_inputs(model, batch), use_cache=False).logits
         labels = batch["labels"][:, 1:]
         each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         sums += each.cpu().double().sum(1).tolist()
@@ -97,7 +97,7 @@ def routing_accuracy(model: "PreTrainedModel", domain: Domain, settings: Evaluat
     metric = RoutingAccuracy()
     with recorded_routers(model) as calls:
         for batch in batches(domain.rows, settings.batch_size, model.device):
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            model(**scored_inputs(model, batch), use_cache=False)
             routed = calls[0].routing.token_mask
             for layer, call in enumerate(calls):
                 hits = int((call.logits.argmax(-1)[routed] == domain.expert).sum())

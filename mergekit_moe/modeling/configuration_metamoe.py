@@ -39,7 +39,7 @@ Any other family whose layers own a recognisable FFN works too (`FORMS` in exper
 """
 
 KINDS = ("lora", "dense")
-CONTEXTS = ("prefix", "mean", "none")
+CONTEXTS = ("prefix", "prompt", "mean", "none")
 _UNNORMALISED = ("Olmo2",)
 """Families that normalise after their FFN: what goes into it, and so into the router, has any length."""
 
@@ -88,8 +88,9 @@ def config_class(family: str) -> type:
         norm_topk_prob: divide the chosen experts' weights by their sum. At top-1 the weight's value is
             then exactly 1 and its gradient is the straight-through one (p / stop_gradient(p)).
             False gives Eq. 6 of the MetaMoE paper, which shrinks every FFN by its probability.
-        router_context: `prefix` mixes each token's router logits with their running mean (decoders),
-            `mean` with their mean over the whole text or image (encoders); `none` does not mix.
+        router_context: `prefix` mixes each token's router logits with their running mean (decoders), `prompt`
+            with their mean over the prompt, frozen for the completion (decoders), `mean` with their mean
+            over the whole text or image (encoders); `none` does not mix.
         router_input_norm: scale the router's input to root mean square 1.
         router_excluded_token_ids: tokens (BOS) that no domain owns: they go to the seed's FFN and
             count in no mean.

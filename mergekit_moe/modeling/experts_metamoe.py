@@ -73,8 +73,8 @@ class LowRank(nn.Module):
 
     def factors(self, expert: int) -> tuple[Tensor, Tensor]:
         """Return views of one expert's A, (r, in), and B transposed, (r, out)."""
-        rows = slice(self.starts[expert], self.starts[expert] + self.ranks[expert])
-        return self.lora_A[rows], self.lora_B[rows]
+        rows = self.starts[expert], self.ranks[expert]
+        return self.lora_A.narrow(0, *rows), self.lora_B.narrow(0, *rows)
 
 
 class Groups(NamedTuple):
@@ -118,15 +118,16 @@ class FactoredExperts(nn.ModuleDict):
             inputs: (P, in), likewise.
         """
         name = name.replace(".", "_")
-        if name not in self:
+        if name not in self._modules:
             return base
         low_rank, training = self[name], torch.is_grad_enabled()
         pieces = []
         for expert, first, last in groups.spans:
-            piece = base[first:last]
+            alone = last - first == len(base)
+            piece = base if alone else base[first:last]
             if expert < len(self.scales) and low_rank.ranks[expert]:
                 down, up = low_rank.factors(expert)
-                low = F.linear(inputs[first:last], down).to(base.dtype)
+                low = F.linear(inputs if alone else inputs[first:last], down).to(base.dtype)
                 add = piece.addmm if training else piece.addmm_
                 piece = add(low, up.to(base.dtype), alpha=self.scales[expert])
             pieces.append(piece)
@@ -209,11 +210,11 @@ class MoeBlock(nn.Module):
         seen = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6) if self.input_norm else hidden
         logits = self.router(seen, routing, cache_layer)
         weights, indices = expert_weights(logits, routing, self.top_k, self.renormalise)
-        if self.shares_ffn:
+        if self.shares_ffn and not routing.everywhere:
             # A token that no domain owns takes the seed's FFN: number K, weight one. Without that FFN only
             # padding is left, and nobody reads what becomes of it.
             indices = torch.where(routing.token_mask.unsqueeze(-1), indices, self.num_experts)
-        if weights is not None:
+        if weights is not None and not routing.everywhere:
             first_only = F.one_hot(torch.zeros_like(indices[..., 0]), self.top_k).to(weights.dtype)
             weights = torch.where(routing.token_mask.unsqueeze(-1), weights, first_only)
         if call.norm_follows and self.top_k == 1 and self.renormalise:
@@ -229,7 +230,7 @@ class MoeBlock(nn.Module):
     def shared(self, hidden: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
         """Return the part of experts around the shared FFN, (B, T, H); indices and weights are (B, T, k)."""
         output = (self.grouped if self.groups_pay(hidden) else self.side_by_side)(hidden, indices, weights)
-        bias = self.get_submodule(self.form.output).bias
+        bias = self.part(self.form.output).bias
         if bias is not None and weights is not None and (self.top_k == 1 or not self.renormalise or self.dense_numbers):
             # An expert's output counts by its weight, bias included: in value without renormalisation or
             # beside dense experts, in gradient at top-1.
@@ -289,7 +290,7 @@ class MoeBlock(nn.Module):
         # With one expert a token the base runs on sorted tokens, and nothing as wide as I is moved.
         inputs = tokens if token is None else tokens[token]
         seen = inputs if self.top_k == 1 else tokens
-        base = [self.get_submodule(name)(seen) for name in self.form.inputs]
+        base = [self.part(name)(seen) for name in self.form.inputs]
         if self.top_k > 1:
             base = [product[token] for product in base]
         added = zip(self.form.inputs, base, strict=True)
@@ -297,7 +298,7 @@ class MoeBlock(nn.Module):
         if weights is not None:
             weight = weights.reshape(-1, 1).to(inner.dtype)
             inner = inner * (weight if order is None else weight[order])
-        project, name = self.get_submodule(self.form.output), self.form.output
+        project, name = self.part(self.form.output), self.form.output
         if self.top_k == 1:
             output = self.experts.add_grouped(name, project(inner), inner, groups)
             if order is not None:
@@ -311,7 +312,7 @@ class MoeBlock(nn.Module):
 
     def side_by_side(self, hidden: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
         """The same with all experts' ranks in one product, those of experts not chosen silenced."""
-        base = [self.get_submodule(name)(hidden) for name in self.form.inputs]
+        base = [self.part(name)(hidden) for name in self.form.inputs]
         combined: Tensor | float = 0.0
         output_delta: Tensor | float = 0.0
         for j in range(self.top_k):
@@ -322,11 +323,15 @@ class MoeBlock(nn.Module):
                 inner = inner * weights[..., j : j + 1].to(inner.dtype)
             combined = combined + inner
             output_delta = output_delta + self.experts.delta(self.form.output, inner, gates)
-        return self.get_submodule(self.form.output)(combined) + output_delta
+        return self.part(self.form.output)(combined) + output_delta
+
+    def part(self, name: str) -> nn.Module:
+        """Return the native FFN's part of that name; a step of generation feels what `get_submodule` costs."""
+        return self._modules.get(name) or self.get_submodule(name)
 
     def activate(self, inputs: list[Tensor]) -> Tensor:
         """Return the FFN's hidden state, (B, T, I)."""
-        act = self.get_submodule(self.form.activation)
+        act = self.part(self.form.activation)
         if self.form.gated:
             gate, up = inputs if len(inputs) == 2 else inputs[0].chunk(2, dim=-1)
             inner = act(gate) * up

@@ -21,69 +21,10 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputReco
 
 from .configuration_metamoe import config_class
 from .dense_metamoe import DenseExperts
-from .experts_metamoe import BlockCall, FeedForward, LowRank, MoeBlock, form_of
+from .experts_metamoe import LowRank, form_of
+from .layers_metamoe import NORM_AFTER_FFN, MoeFeedForward, MoeLayer, MoePostNormLayer, NormAfterExperts, swapped
 from .loading_metamoe import register_disk_layout
-from .routing_metamoe import ContextRouter, Routing, refuse_split_sequences, sequence_starts
-
-
-class MoeFeedForward(MoeBlock):
-    """Mixin over an FFN that is a module of its own."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.mixture(hidden)
-
-
-class NormAfterExperts(nn.Module):
-    """Mixin over the norm that some families (Gemma 2, OLMo 2) put between FFN and residual.
-
-    It undoes any scaling of the FFN's output, and so would take from the router the gradient that the
-    straight-through weight carries: that weight, whose value is 1, is applied after it.
-    """
-
-    call: BlockCall | None = None
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        normed = super().forward(hidden)
-        return normed if self.call is None or self.call.gain is None else normed * self.call.gain.to(normed.dtype)
-
-
-_NORM_AFTER_FFN = "post_feedforward_layernorm"
-
-
-class MoeLayer(nn.Module):
-    """Mixin over a native layer: hands the routing facts to its MoE block."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, routing: Routing, **kwargs: Any) -> Any:
-        # The native layer calls its FFN with no way to pass more. Set here, inside the layer's own
-        # forward, it is set again when gradient checkpointing runs the layer a second time.
-        block, norm = self.moe_block(), getattr(self, _NORM_AFTER_FFN, None)
-        block.call = BlockCall(routing, kwargs.get("past_key_values", kwargs.get("layer_past")), norm is not None)
-        if norm is not None:
-            norm.call = block.call
-        try:
-            return super().forward(hidden_states, *args, **kwargs)
-        finally:
-            block.call = None
-            if norm is not None:
-                norm.call = None
-
-    def moe_block(self) -> MoeBlock:
-        return next(child for child in self.children() if isinstance(child, MoeBlock))
-
-
-class MoePostNormLayer(MoeLayer, MoeBlock):
-    """Mixin over a layer of the BERT kind, whose FFN is its own `intermediate` and `output`."""
-
-    def add_experts(self, config: Any, layer_idx: int, form: FeedForward) -> None:
-        super().add_experts(config, layer_idx, form)
-        self.chunk_size_feed_forward = 0  # chunks of a text don't know the whole text's mean
-
-    def moe_block(self) -> MoeBlock:
-        return self
-
-    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
-        mixed = self.output.dropout(self.mixture(attention_output))
-        return self.output.LayerNorm(mixed + attention_output)
+from .routing_metamoe import ContextRouter, Routing, prompt_tokens, refuse_split_sequences, sequence_starts
 
 
 class MetaMoeMixin:
@@ -156,13 +97,13 @@ class MetaMoeModelMixin(MetaMoeMixin):
             )
         for layer_idx, (name, module, form) in enumerate(found):
             if "." in form.output:
-                module.__class__ = _swapped(MoePostNormLayer, type(module))
+                module.__class__ = swapped(MoePostNormLayer, type(module))
             else:
                 layer = self.get_submodule(name.rpartition(".")[0])
-                layer.__class__ = _swapped(MoeLayer, type(layer))
-                module.__class__ = _swapped(MoeFeedForward, type(module))
-                if (norm := getattr(layer, _NORM_AFTER_FFN, None)) is not None:
-                    norm.__class__ = _swapped(NormAfterExperts, type(norm))
+                layer.__class__ = swapped(MoeLayer, type(layer))
+                module.__class__ = swapped(MoeFeedForward, type(module))
+                if (norm := getattr(layer, NORM_AFTER_FFN, None)) is not None:
+                    norm.__class__ = swapped(NormAfterExperts, type(norm))
             biased = module.get_submodule(form.output).bias is not None
             module.add_experts(self.config, layer_idx, form)
         register_disk_layout(self.config.model_type, form, biased)
@@ -188,6 +129,22 @@ class MetaMoeModelMixin(MetaMoeMixin):
                 routed &= (inputs_embeds != excluded).any(dim=-1)
         return routed
 
+    def routing(
+        self,
+        routed: Tensor,
+        forced_expert: Tensor | None,
+        sequence_start: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+    ) -> Routing:
+        """Return what all layers' routers need to know of this call; `prompt_mask` as in `forward`."""
+        context = None
+        if prompt_mask is not None and self.config.router_context == "prompt":
+            context = routed & prompt_mask[:, -routed.shape[1] :].to(routed.device).bool()
+        # To look costs an accelerator more than the masks do.
+        look = routed.device.type == "cpu" and not torch.compiler.is_compiling()
+        everywhere = look and bool((routed if context is None else context).all())
+        return Routing(routed, sequence_start, forced_expert, context, everywhere and sequence_start is None)
+
 
 class MetaMoeDecoderMixin(MetaMoeModelMixin):
     """Headless decoder."""
@@ -202,12 +159,15 @@ class MetaMoeDecoderMixin(MetaMoeModelMixin):
         use_cache: bool | None = None,
         token_mask: Tensor | None = None,
         forced_expert: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the decoder.
 
         Args beyond the native ones:
             token_mask: (B, T or past + T), 0 at padding. Needed only where `attention_mask` is not 2-D.
+            prompt_mask: (B, T or past + T), 1 at tokens of the prompt, over which a `prompt` context is
+                averaged. A call without it is all prompt.
             forced_expert: (B,) int, the expert for every token of a row; -1 leaves the choice to the router.
         """
         if self.config.router_context != "none":
@@ -225,7 +185,9 @@ class MetaMoeDecoderMixin(MetaMoeModelMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            routing=Routing(self.routed_tokens(input_ids, inputs_embeds, mask), starts, forced_expert),
+            routing=self.routing(
+                self.routed_tokens(input_ids, inputs_embeds, mask), forced_expert, starts, prompt_mask
+            ),
             **kwargs,
         )
 
@@ -248,7 +210,7 @@ class MetaMoeEncoderMixin(MetaMoeModelMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            routing=Routing(self.routed_tokens(input_ids, inputs_embeds, mask), None, forced_expert),
+            routing=self.routing(self.routed_tokens(input_ids, inputs_embeds, mask), forced_expert),
             **kwargs,
         )
 
@@ -258,10 +220,11 @@ class MetaMoeVisionMixin(MetaMoeModelMixin):
 
     def forward(self, pixel_values: Tensor | None = None, forced_expert: Tensor | None = None, **kwargs: Any) -> Any:
         """Run the encoder; `forced_expert` as for decoders."""
-        everywhere = None
-        if pixel_values is not None:
-            everywhere = torch.ones(1, 1, dtype=torch.bool, device=pixel_values.device)
-        return super().forward(pixel_values=pixel_values, routing=Routing(everywhere, None, forced_expert), **kwargs)
+        if pixel_values is None:
+            raise ValueError("pixel_values is missing; give (batch, channels, height, width)")
+        patches = torch.ones(1, 1, dtype=torch.bool, device=pixel_values.device)
+        routing = Routing(patches, None, forced_expert, everywhere=True)
+        return super().forward(pixel_values=pixel_values, routing=routing, **kwargs)
 
 
 class MetaMoeHeadMixin(MetaMoeMixin):
@@ -301,9 +264,25 @@ class MetaMoeForCausalLMMixin(MetaMoeHeadMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        prompt_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple | CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
-        """Run the model; with `output_router_logits`, return them and add the routers' losses to the loss."""
+        """Run the model; with `output_router_logits`, return them and add the routers' losses to the loss.
+
+        Args beyond the native ones:
+            prompt_mask: see `MetaMoeDecoderMixin.forward`. With `labels`, the prompt is what stands before
+                the first token to be learnt, in each sequence.
+        """
+        if self.config.router_context == "prompt":
+            if labels is not None and prompt_mask is None:
+                mask = kwargs.get("token_mask")
+                mask = attention_mask if mask is None else mask
+                routed = self.base_model.routed_tokens(input_ids, inputs_embeds, mask)
+                starts = None
+                if attention_mask is None and past_key_values is None and position_ids is not None:
+                    starts = sequence_starts(position_ids)
+                prompt_mask = prompt_tokens(labels, routed, starts)
+            kwargs["prompt_mask"] = prompt_mask
         kwargs |= {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -361,26 +340,32 @@ class MetaMoeForCausalLMMixin(MetaMoeHeadMixin):
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         # With a static cache the mask below turns 4-D, which no longer tells padding: keep the 2-D one.
-        token_mask = kwargs.get("attention_mask")
+        token_mask, prompt_mask = kwargs.get("attention_mask"), kwargs.pop("prompt_mask", None)
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if token_mask is not None and token_mask.ndim == 2:
-            inputs["token_mask"] = token_mask
+        if token_mask is None or token_mask.ndim != 2:
+            return inputs
+        length = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
+        inputs["token_mask"] = token_mask[:, -length:]  # of one length at each step: a compiled one stays
+        if prompt_mask is not None:
+            # What was generated is no prompt, but where there was none: as in training.
+            completion = ~prompt_mask.bool().any(dim=1, keepdim=True)
+            total = token_mask.shape[1]
+            whole = torch.cat([prompt_mask.bool(), completion.expand(-1, max(total - prompt_mask.shape[1], 0))], dim=1)
+            inputs["prompt_mask"] = whole[:, :total][:, -length:]
         return inputs
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self.config.router_context == "prompt" and kwargs.get("prompt_mask") is None:
+            ids, embeddings = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
+            if ids is not None or embeddings is not None:
+                mask = kwargs.get("attention_mask")
+                kwargs["prompt_mask"] = self.base_model.routed_tokens(ids, embeddings, mask)
+        return super().generate(inputs, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         if self.config.router_context != "none":
             raise ValueError(_NO_CONTINUOUS_BATCHING)
         return super().init_continuous_batching(*args, **kwargs)
-
-
-_SWAPPED: dict[tuple[type, type], type] = {}
-
-
-def _swapped(mixin: type, native: type) -> type:
-    """Return `native` with `mixin` in front, under the native name (FSDP and _no_split_modules go by it)."""
-    if (mixin, native) not in _SWAPPED:
-        _SWAPPED[mixin, native] = type(native.__name__, (mixin, native), {"__module__": __name__})
-    return _SWAPPED[mixin, native]
 
 
 _CLASS_NAME = re.compile(r"MetaMoe(\w+?)(Model|For[A-Z]\w+)")

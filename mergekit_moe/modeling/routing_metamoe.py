@@ -6,6 +6,7 @@ Shapes: B batch, T tokens of this call, H hidden, K experts, k experts per token
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,28 +25,68 @@ class Routing(NamedTuple):
     """(B, T) int: where a token's own packed sequence starts; None where each row is one sequence."""
     forced_expert: Tensor | None
     """(B,) int: the expert that every token of a row goes to, or -1 for the router's own choice."""
+    context_mask: Tensor | None = None
+    """(B, T) bool: the tokens that count in means; None where those are all that are routed."""
+    everywhere: bool = False
+    """True where every token is known to be routed and to count, which spares each layer the masks."""
+
+
+class PrefixSums(NamedTuple):
+    """Sums over each token's context, float32."""
+
+    totals: Tensor
+    """(B, T, N)"""
+    counts: Tensor
+    """(B, T, 1) tokens summed."""
+
+    def means(self) -> Tensor:
+        """Return (B, T, N); an empty context has mean zero."""
+        return self.totals / self.counts.clamp(min=1.0)
+
+    def detach(self) -> "PrefixSums":
+        return PrefixSums(self.totals.detach(), self.counts)
+
+    def last(self) -> "PrefixSums":
+        """Return the sums at the last token."""
+        return self if self.counts.shape[1] == 1 else PrefixSums(self.totals[:, -1:], self.counts[:, -1:])
+
+
+_CHUNKS = 64
+"""How many calls' sums a cache layer holds apart: to join them at each would cost more than to route."""
 
 
 @functools.cache
 def _with_router_sums(native: type) -> type:
     """Return a subclass of a cache layer class that carries the router's running sums wherever the keys go.
 
-    `router_sums` is (B, tokens so far, K + 1): the prefix sums of the K router scores and of the token
-    count, at every position, so that a cropped cache (assisted decoding) still knows its own prefix.
+    It keeps the prefix sums of the K router scores at every position, so that a cropped cache (assisted
+    decoding) still knows its own prefix.
     """
 
     class RoutedCacheLayer(native):
         _layer_type = None  # else the library would take this for its own layer of that type
-        router_sums: Tensor | None = None
+        router_sums: list[PrefixSums] | None = None
 
-        def append_router_sums(self, sums: Tensor) -> None:
-            if self.is_compileable:  # static: one buffer that stays where it is, and nothing to crop
-                if self.router_sums is None:
-                    self.router_sums = sums[:, -1:].clone()
-                else:
-                    self.router_sums.copy_(sums[:, -1:])
+        def last_router_sums(self) -> PrefixSums | None:
+            return self.router_sums[-1].last() if self.router_sums else None
+
+        def append_router_sums(self, sums: PrefixSums) -> None:
+            if self.router_sums is None:
+                self.router_sums = []
+            if not self.is_compileable:
+                self.router_sums.append(sums)
+                if len(self.router_sums) == _CHUNKS:
+                    self.change_router_sums(lambda joined: joined)
+            elif not self.router_sums:  # static: buffers that stay where they are, and nothing to crop
+                self.router_sums.append(PrefixSums(*(part.clone() for part in sums.last())))
             else:
-                self.router_sums = sums if self.router_sums is None else torch.cat([self.router_sums, sums], dim=1)
+                for buffer, part in zip(self.router_sums[0], sums.last(), strict=True):
+                    buffer.copy_(part)
+
+        def change_router_sums(self, change: Callable[[Tensor], Tensor]) -> None:
+            if self.router_sums:
+                joined = (torch.cat(parts, dim=1) for parts in zip(*self.router_sums, strict=True))
+                self.router_sums = [PrefixSums(*map(change, joined))]
 
         def reset(self) -> None:
             super().reset()
@@ -53,23 +94,20 @@ def _with_router_sums(native: type) -> type:
 
         def crop(self, tokens_to_remove: int) -> None:
             super().crop(tokens_to_remove)
-            if self.router_sums is not None and tokens_to_remove != 0:
-                self.router_sums = self.router_sums[:, : -abs(tokens_to_remove)]
+            if tokens_to_remove != 0:
+                self.change_router_sums(lambda sums: sums[:, : -abs(tokens_to_remove)])
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)
-            if self.router_sums is not None:
-                self.router_sums = self.router_sums.index_select(0, beam_idx.to(self.router_sums.device))
+            self.change_router_sums(lambda sums: sums.index_select(0, beam_idx.to(sums.device)))
 
         def batch_repeat_interleave(self, repeats: int) -> None:
             super().batch_repeat_interleave(repeats)
-            if self.router_sums is not None:
-                self.router_sums = self.router_sums.repeat_interleave(repeats, dim=0)
+            self.change_router_sums(lambda sums: sums.repeat_interleave(repeats, dim=0))
 
         def batch_select_indices(self, indices: Tensor) -> None:
             super().batch_select_indices(indices)
-            if self.router_sums is not None:
-                self.router_sums = self.router_sums[indices]
+            self.change_router_sums(lambda sums: sums[indices])
 
     RoutedCacheLayer.__name__ = f"Routed{native.__name__}"
     return RoutedCacheLayer
@@ -113,34 +151,62 @@ def refuse_split_sequences(config: Any) -> None:
             )
 
 
-def prefix_sums(values: Tensor, routing: Routing, past: Tensor | None = None) -> Tensor:
-    """Sum `values` (B, T, N) and the count over each token's prefix, itself included.
+def prompt_tokens(labels: Tensor, routed: Tensor, sequence_start: Tensor | None) -> Tensor:
+    """Return (B, T) bool: True before the first token that is to be learnt, in each packed sequence.
 
-    Returns float32 (B, T, N + 1); the last column is the count. Tokens outside `routing.token_mask`
-    add nothing; packed sequences start again from zero; `past` (B, N + 1) continues a cached prefix.
+    A sequence that has no routed token there has no prompt, and is True throughout.
+
+    Args:
+        labels: (B, T), -100 for tokens that are not to be learnt.
+        routed: (B, T) bool.
+        sequence_start: see `Routing`.
     """
-    mask = routing.token_mask.unsqueeze(-1).float()
-    sums = F.pad(values.float(), (0, 1), value=1.0) * mask
-    if sums.shape[1] > 1:
-        sums = sums.cumsum(dim=1)
+    start = torch.zeros_like(labels) if sequence_start is None else sequence_start
+
+    def within(values: Tensor) -> Tensor:
+        """Return each token's running sum over its own sequence."""
+        sums = values.long().cumsum(dim=1)
+        return sums - F.pad(sums, (1, 0)).gather(1, start)
+
+    prompt = within(labels != -100) == 0
+    has_prompt = torch.zeros_like(start).scatter_reduce(1, start, (prompt & routed).long(), "amax")
+    return prompt | (has_prompt.gather(1, start) == 0)
+
+
+def prefix_sums(values: Tensor, routing: Routing, past: PrefixSums | None = None) -> PrefixSums:
+    """Sum `values` (B, T, N) and count tokens over each token's prefix, itself included.
+
+    Only tokens in `routing.context_mask` add; packed sequences start again from zero; `past`, (B, 1, N) and
+    (B, 1, 1), continues a cached prefix.
+    """
+    values = values.float()
+    if routing.everywhere and past is not None and values.shape[1] == 1:  # a step of generation
+        return PrefixSums(past.totals + values, past.counts + 1.0)
+    mask = routing.token_mask if routing.context_mask is None else routing.context_mask
+    counts = mask.unsqueeze(-1).float().expand(*values.shape[:-1], 1)
+    sums = [values * counts, counts]
+    if values.shape[1] > 1:
+        sums = [part.cumsum(dim=1) for part in sums]
     if routing.sequence_start is not None:
-        start = routing.sequence_start.unsqueeze(-1).expand_as(sums)
-        sums = sums - F.pad(sums, (0, 0, 1, 0)).gather(1, start)
-    return sums if past is None else sums + past.unsqueeze(1)
+        start = routing.sequence_start.unsqueeze(-1)
+        sums = [part - F.pad(part, (0, 0, 1, 0)).gather(1, start.expand_as(part)) for part in sums]
+    if past is not None:
+        sums = [part + before for part, before in zip(sums, past, strict=True)]
+    return PrefixSums(*sums)
 
 
-def context_mean(values: Tensor, routing: Routing, context: str, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def context_mean(
+    values: Tensor, routing: Routing, context: str, past: PrefixSums | None = None
+) -> tuple[Tensor, PrefixSums]:
     """Return the mean of `values` (B, T, N) that each token's router mixes in, and the sums behind it.
 
-    `prefix`: over the token's own prefix; `mean`: over the whole row, for models that see it whole anyway.
+    `prefix`: over the token's own prefix; `prompt`: over the part of it that is prompt; `mean`: over the whole
+    row, for models that see it whole anyway.
     """
     sums = prefix_sums(values, routing, past)
-    return mean_of(sums[:, -1:] if context == "mean" else sums), sums
-
-
-def mean_of(sums: Tensor) -> Tensor:
-    """Turn sums with a trailing count column into means; an empty prefix has mean zero."""
-    return sums[..., :-1] / sums[..., -1:].clamp(min=1.0)
+    if routing.everywhere and context != "mean":
+        return sums.totals / sums.counts, sums
+    return (sums.last() if context == "mean" else sums).means(), sums
 
 
 class ContextRouter(nn.Module):
@@ -169,13 +235,11 @@ class ContextRouter(nn.Module):
         scores = F.linear(hidden.float(), self.weight.float(), self.bias.float())
         if self.context_logit is None:
             return scores
-        past = None
-        if cache_layer is not None and cache_layer.router_sums is not None:
-            past = cache_layer.router_sums[:, -1]
+        past = None if cache_layer is None else cache_layer.last_router_sums()
         mean, sums = context_mean(scores, routing, self.context, past)
         if cache_layer is not None:
-            cache_layer.append_router_sums(sums.detach())
-        return torch.lerp(scores, mean.expand_as(scores), torch.sigmoid(self.context_logit.float()))
+            cache_layer.append_router_sums(sums if not scores.requires_grad else sums.detach())
+        return torch.lerp(scores, mean, torch.sigmoid(self.context_logit.float()))
 
 
 def expert_weights(logits: Tensor, routing: Routing, top_k: int, renormalise: bool) -> tuple[Tensor | None, Tensor]:
@@ -193,13 +257,13 @@ def expert_weights(logits: Tensor, routing: Routing, top_k: int, renormalise: bo
         own = F.one_hot(forced.clamp(min=0), logits.shape[-1]).bool()
         pinned = torch.zeros_like(logits[:, :1]).masked_fill(~own[:, None, :], -torch.inf)
         logits = torch.where((forced >= 0)[:, None, None], pinned, logits)
+    if top_k == 1 and renormalise and not logits.requires_grad:
+        return None, logits.argmax(dim=-1, keepdim=True)
     chosen, indices = logits.topk(top_k, dim=-1)
     if not renormalise:
         return logits.softmax(dim=-1).gather(-1, indices), indices
     if top_k > 1:
         return chosen.softmax(dim=-1), indices
-    if not logits.requires_grad:
-        return None, indices
     # Straight-through: the value is exactly 1, so that a token gets exactly its expert, yet the
     # task loss reaches the router. p / p would make the gradient vanish (the published trap).
     weights = logits.softmax(dim=-1).gather(-1, indices)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergekit_moe.data import batches
 from mergekit_moe.modeling.routing_metamoe import context_mean
-from mergekit_moe.models import RouterCall, recorded_routers, routers_of
+from mergekit_moe.models import RouterCall, recorded_routers, routers_of, scored_inputs
 from mergekit_moe.workspace import process_state
 
 if TYPE_CHECKING:
@@ -61,12 +61,7 @@ def gather_statistics(
     mine = range(state.process_index, len(proxies), state.num_processes)
     with recorded_routers(model) as calls:
         for batch in batches(proxies, batch_size, model.device, mine):
-            model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                forced_expert=batch["expert"],
-                use_cache=False,
-            )
+            model(**scored_inputs(model, batch), forced_expert=batch["expert"], use_cache=False)
             _add(sums, calls, batch["expert"], context_weight)
     if state.num_processes == 1:
         return sums

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from mergekit_moe.checkpoint import INDEX, read_config
 from mergekit_moe.data import batches
-from mergekit_moe.models import RouterCall, load_model, recorded_routers, routers_of
+from mergekit_moe.models import RouterCall, load_model, recorded_routers, routers_of, scored_inputs
 from mergekit_moe.recipe import Router, RouterTraining
 from mergekit_moe.routing import start
 from mergekit_moe.routing.statistics import gather_statistics
@@ -172,12 +172,7 @@ def best_scales(model: "PreTrainedModel", proxies: "Dataset") -> list[float]:
     with recorded_routers(model) as calls:
         for batch in batches(proxies, _BATCH, model.device):
             expert = batch["expert"]
-            model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                forced_expert=expert,
-                use_cache=False,
-            )
+            model(**scored_inputs(model, batch), forced_expert=expert, use_cache=False)
             routed = calls[0].routing.token_mask
             owner = expert[:, None].expand_as(routed)[routed]
             for layer, call in enumerate(calls):

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from mergekit_moe.modeling import config_class, model_class
 
-EXPERTS, RANK = 4, 16
+EXPERTS, RANK, MANY = 4, 16, 64
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PREFILL, PROMPT, DECODED = 1024, 64, 48
 
@@ -145,34 +146,45 @@ def speed(
 
 
 def memory() -> None:
-    """Print peak memory above the empty process: loading and one pass, dense and ours, each in its own process."""
+    """Print peak memory of loading and one pass, dense and ours, each in its own process."""
     with tempfile.TemporaryDirectory() as folder:
-        dense, moe = LlamaForCausalLM(LlamaConfig(**shape(1024))), ours(1024, (RANK,) * 16)
+        dense, moe = LlamaForCausalLM(LlamaConfig(**shape(1024))), ours(1024, (RANK,) * MANY)
         adapters = sum(p.nbytes for n, p in moe.named_parameters() if "lora_" in n or ".router." in n)
         base = sum(p.nbytes for p in dense.parameters())
         peaks = {}
         for name, model in (("dense", dense), ("ours", moe)):
             model.save_pretrained(Path(folder) / name)
             command = [sys.executable, __file__, "--load", str(Path(folder) / name)]
-            peaks[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-    above = (peaks["ours"] - peaks["dense"]) / adapters
-    print(f"peak memory, 16 experts, loading and one pass: base {base >> 20} MiB, adapters {adapters >> 20} MiB")
-    print(f"  dense {peaks['dense'] >> 20} MiB, ours {peaks['ours'] >> 20} MiB: {above:.2f} x the adapters' bytes more")
-    print("  (mapped pages of the checkpoint included: the adapters' are there a second time while they are fused)")
+            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+            peaks[name] = [int(figure) for figure in printed[-2:]]
+        print(
+            f"peak memory, {MANY} experts, loading and one pass: base {base >> 20} MiB, adapters {adapters >> 20} MiB"
+        )
+        for figure, what in enumerate(("of its own", "and pages of the checkpoint, which the system takes back")):
+            above = peaks["ours"][figure] - peaks["dense"][figure]
+            print(f"  ours over dense, {what}: {above >> 20} MiB, {above / adapters:.2f} x the adapters")
 
 
 def load(folder: str) -> None:
-    """Print the peak bytes of loading a model and running it once."""
+    """Print the peak bytes of loading a model and running it once: anonymous ones, and all that are resident."""
     from transformers import AutoModelForCausalLM
 
-    def peak() -> int:  # of this program alone: getrusage's peak survives exec
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    peaks, done = [0, 0], threading.Event()
 
-    before = peak()
+    def watch() -> None:
+        while not done.wait(0.002):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            status = dict(line.split(":", 1) for line in lines)
+            for i, field in enumerate(("RssAnon", "VmHWM")):
+                peaks[i] = max(peaks[i], int(status[field].split()[0]) * 1024)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     with torch.no_grad():
         AutoModelForCausalLM.from_pretrained(folder)(torch.arange(64).unsqueeze(0))
-    print(peak() - before)
+    done.set()
+    watcher.join()
+    print(*peaks)
 
 
 def factored(hidden: int, options: argparse.Namespace) -> None:
@@ -193,18 +205,20 @@ def factored(hidden: int, options: argparse.Namespace) -> None:
 
 
 def against_mixtral(hidden: int, options: argparse.Namespace) -> None:
-    """Print the speed of dense experts, top-2, over stock Mixtral's of the same shape."""
+    """Print the speed of dense experts, top-2, over stock Mixtral's of the same shape, with context and without."""
     experts = [{"name": f"e{i}", "kind": "dense"} for i in range(EXPERTS)]
-    config = config_class("Llama")(**shape(hidden), experts=experts, num_experts_per_tok=2)
-    moe = model_class("Llama", "ForCausalLM")(config).eval()
-    randomise(moe)
     stock = MixtralForCausalLM(MixtralConfig(**shape(hidden), num_local_experts=EXPERTS, num_experts_per_tok=2)).eval()
-    moe, stock = placed([moe, stock], options)
     ids = torch.randint(0, 8192, (1, PREFILL), device=options.device)
     run = functools.partial
-    for name, work in (("prefill", prefill), ("decode", decode)):
-        ratio, spread = speed(run(work, moe, ids), run(work, stock, ids), options.pairs, ids)
-        print(f"hidden {hidden} {name}, dense experts top-2: {ratio:.2f} x Mixtral (± {spread:.2f})", flush=True)
+    for context in ("none", "prefix"):
+        config = config_class("Llama")(**shape(hidden), experts=experts, num_experts_per_tok=2, router_context=context)
+        moe = model_class("Llama", "ForCausalLM")(config).eval()
+        randomise(moe)
+        moe, stock = placed([moe, stock], options)
+        for name, work in (("prefill", prefill), ("decode", decode)):
+            ratio, spread = speed(run(work, moe, ids), run(work, stock, ids), options.pairs, ids)
+            what = f"hidden {hidden} {name}, dense experts top-2, context {context}"
+            print(f"{what}: {ratio:.2f} x Mixtral (± {spread:.2f})", flush=True)
 
 
 def placed(models: list[PreTrainedModel], options: argparse.Namespace) -> list[PreTrainedModel]:

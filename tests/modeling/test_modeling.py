@@ -278,7 +278,7 @@ def test_routers_stay_in_float32(tmp_path: object) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"router_context": "suffix"}, "allowed are prefix, mean, none"),
+        ({"router_context": "suffix"}, "allowed are prefix, prompt, mean, none"),
         ({"num_experts_per_tok": 4}, "between 1 and the 3 experts"),
     ],
 )
