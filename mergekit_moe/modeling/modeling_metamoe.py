@@ -15,8 +15,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import initialization
-from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
 from .configuration_metamoe import config_class
@@ -24,7 +24,15 @@ from .dense_metamoe import DenseExperts
 from .experts_metamoe import LowRank, form_of
 from .layers_metamoe import NORM_AFTER_FFN, MoeFeedForward, MoeLayer, MoePostNormLayer, NormAfterExperts, swapped
 from .loading_metamoe import register_disk_layout
-from .routing_metamoe import ContextRouter, Routing, prompt_tokens, refuse_split_sequences, sequence_starts
+from .routing_metamoe import (
+    ContextRouter,
+    Routing,
+    attended_tokens,
+    prompt_tokens,
+    refuse_split_sequences,
+    router_losses,
+    sequence_starts,
+)
 
 
 class MetaMoeMixin:
@@ -117,7 +125,8 @@ class MetaMoeModelMixin(MetaMoeMixin):
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.ndim != 2:
                 raise ValueError(
-                    "the router can't tell padding from a 4-D attention_mask; pass token_mask, (batch, tokens), too"
+                    "the router can't tell padding from an attention_mask that is not 2-D, or that is 4-D and looks "
+                    "back into a cache; pass token_mask, (batch, tokens), too"
                 )
             routed &= mask[:, -tokens.shape[1] :].to(tokens.device).bool()
         for token_id in self.config.router_excluded_token_ids:
@@ -143,7 +152,8 @@ class MetaMoeModelMixin(MetaMoeMixin):
         # To look costs an accelerator more than the masks do.
         look = routed.device.type == "cpu" and not torch.compiler.is_compiling()
         everywhere = look and bool((routed if context is None else context).all())
-        return Routing(routed, sequence_start, forced_expert, context, everywhere and sequence_start is None)
+        everywhere = everywhere and sequence_start is None
+        return Routing(routed, sequence_start, forced_expert, context, everywhere=everywhere)
 
 
 class MetaMoeDecoderMixin(MetaMoeModelMixin):
@@ -165,7 +175,8 @@ class MetaMoeDecoderMixin(MetaMoeModelMixin):
         """Run the decoder.
 
         Args beyond the native ones:
-            token_mask: (B, T or past + T), 0 at padding. Needed only where `attention_mask` is not 2-D.
+            token_mask: (B, T or past + T), 0 at padding. Needed where `attention_mask` is 4-D and there is a
+                cache; without one, a 4-D mask says itself what each token's context is.
             prompt_mask: (B, T or past + T), 1 at tokens of the prompt, over which a `prompt` context is
                 averaged. A call without it is all prompt.
             forced_expert: (B,) int, the expert for every token of a row; -1 leaves the choice to the router.
@@ -174,10 +185,14 @@ class MetaMoeDecoderMixin(MetaMoeModelMixin):
             refuse_split_sequences(self.config)
             if kwargs.get("cache") is not None:
                 raise ValueError(_NO_CONTINUOUS_BATCHING)
-        starts = None
+        starts = attended = None
         if attention_mask is None and past_key_values is None and position_ids is not None:
             starts = sequence_starts(position_ids)
         mask = attention_mask if token_mask is None else token_mask
+        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-1] == mask.shape[-2]:
+            attended = attended_tokens(mask)
+            mask = attended.diagonal(dim1=-2, dim2=-1)
+        routing = self.routing(self.routed_tokens(input_ids, inputs_embeds, mask), forced_expert, starts, prompt_mask)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -185,9 +200,7 @@ class MetaMoeDecoderMixin(MetaMoeModelMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            routing=self.routing(
-                self.routed_tokens(input_ids, inputs_embeds, mask), forced_expert, starts, prompt_mask
-            ),
+            routing=routing._replace(attended=attended),
             **kwargs,
         )
 
@@ -263,10 +276,11 @@ class MetaMoeForCausalLMMixin(MetaMoeHeadMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
         prompt_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple | CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
+    ) -> tuple | MoeCausalLMOutputWithPast:
         """Run the model; with `output_router_logits`, return them and add the routers' losses to the loss.
 
         Args beyond the native ones:
@@ -291,9 +305,11 @@ class MetaMoeForCausalLMMixin(MetaMoeHeadMixin):
             "inputs_embeds": inputs_embeds,
             "labels": labels,
             "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
         }
         if not (self.config.output_router_logits if output_router_logits is None else output_router_logits):
-            return super().forward(**kwargs)
+            outputs = super().forward(**kwargs)
+            return outputs if isinstance(outputs, tuple) else MoeCausalLMOutputWithPast(**outputs)
         bodies: list[tuple[Any, Tensor]] = []
 
         # The native head returns nothing of its body's outputs but the states, so look as they pass.
@@ -311,7 +327,7 @@ class MetaMoeForCausalLMMixin(MetaMoeHeadMixin):
         finally:
             handle.remove()
         router_logits, routed = bodies[0]
-        aux_loss, z_loss = self.router_losses(router_logits, routed)
+        aux_loss, z_loss = router_losses(router_logits, routed, self.config.num_experts_per_tok)
         loss = outputs.loss
         if loss is not None:
             added = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
@@ -327,31 +343,30 @@ class MetaMoeForCausalLMMixin(MetaMoeHeadMixin):
         )
         return outputs.to_tuple() if return_dict is False else outputs
 
-    def router_losses(self, router_logits: tuple[Tensor, ...], routed: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the load-balancing loss and the z loss over routed tokens; logits are (B, T, K) a layer."""
-        flat = tuple(logits.flatten(0, 1) for logits in router_logits)
-        balance = load_balancing_loss_func(
-            flat, self.config.num_experts, self.config.num_experts_per_tok, routed.to(torch.long)
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,  # named here, or generate() would refuse embeddings
+        prompt_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
-        squares = [(logits.logsumexp(-1).square() * routed.to(logits.device)).sum() for logits in router_logits]
-        device = router_logits[0].device
-        total = sum(square.to(device) for square in squares)
-        return balance, total / (len(squares) * routed.sum().clamp(min=1).to(device))
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        # With a static cache the mask below turns 4-D, which no longer tells padding: keep the 2-D one.
-        token_mask, prompt_mask = kwargs.get("attention_mask"), kwargs.pop("prompt_mask", None)
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        # With a static cache the mask turns 4-D, which no longer tells padding: hand on the 2-D one.
+        token_mask = attention_mask
         if token_mask is None or token_mask.ndim != 2:
             return inputs
         length = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
-        inputs["token_mask"] = token_mask[:, -length:]  # of one length at each step: a compiled one stays
+        # Of one shape and one layout at each step: a compiled step stays.
+        inputs["token_mask"] = token_mask[:, -length:].clone(memory_format=torch.contiguous_format)
         if prompt_mask is not None:
             # What was generated is no prompt, but where there was none: as in training.
             completion = ~prompt_mask.bool().any(dim=1, keepdim=True)
             total = token_mask.shape[1]
             whole = torch.cat([prompt_mask.bool(), completion.expand(-1, max(total - prompt_mask.shape[1], 0))], dim=1)
-            inputs["prompt_mask"] = whole[:, :total][:, -length:]
+            inputs["prompt_mask"] = whole[:, :total][:, -length:].clone(memory_format=torch.contiguous_format)
         return inputs
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -415,7 +430,9 @@ def model_class(family: str, head: str) -> type:
         if issubclass(mixin, MetaMoeModelMixin):
             recorded = {**(native._can_record_outputs or {}), "router_logits": OutputRecorder(ContextRouter, index=0)}
             namespace["_can_record_outputs"] = recorded
-        globals()[name] = type(name, (mixin, native), namespace)
+        # Named once more, since the library's own classes that generate name it themselves.
+        bases = (mixin, native, GenerationMixin) if issubclass(native, GenerationMixin) else (mixin, native)
+        globals()[name] = type(name, bases, namespace)
         if head != "Model":
             # Native heads that build their body by AutoModel.from_config find ours.
             transformers.AutoModel.register(config, model_class(family, "Model"), exist_ok=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 
 class Routing(NamedTuple):
@@ -27,6 +28,8 @@ class Routing(NamedTuple):
     """(B,) int: the expert that every token of a row goes to, or -1 for the router's own choice."""
     context_mask: Tensor | None = None
     """(B, T) bool: the tokens that count in means; None where those are all that are routed."""
+    attended: Tensor | None = None
+    """(B, T, T) bool: where a mask of the caller's own says what is each token's context."""
     everywhere: bool = False
     """True where every token is known to be routed and to count, which spares each layer the masks."""
 
@@ -65,28 +68,30 @@ def _with_router_sums(native: type) -> type:
 
     class RoutedCacheLayer(native):
         _layer_type = None  # else the library would take this for its own layer of that type
-        router_sums: list[PrefixSums] | None = None
+        # Plain tuples: tools that walk a cache (torch.export's) build what they find anew.
+        router_sums: list[tuple[Tensor, Tensor]] | None = None
 
         def last_router_sums(self) -> PrefixSums | None:
-            return self.router_sums[-1].last() if self.router_sums else None
+            return PrefixSums(*self.router_sums[-1]).last() if self.router_sums else None
 
         def append_router_sums(self, sums: PrefixSums) -> None:
             if self.router_sums is None:
                 self.router_sums = []
             if not self.is_compileable:
-                self.router_sums.append(sums)
+                self.router_sums.append((sums.totals, sums.counts))
                 if len(self.router_sums) == _CHUNKS:
                     self.change_router_sums(lambda joined: joined)
             elif not self.router_sums:  # static: buffers that stay where they are, and nothing to crop
-                self.router_sums.append(PrefixSums(*(part.clone() for part in sums.last())))
+                totals, counts = sums.last()
+                self.router_sums.append((totals.clone(), counts.clone()))
             else:
                 for buffer, part in zip(self.router_sums[0], sums.last(), strict=True):
                     buffer.copy_(part)
 
         def change_router_sums(self, change: Callable[[Tensor], Tensor]) -> None:
             if self.router_sums:
-                joined = (torch.cat(parts, dim=1) for parts in zip(*self.router_sums, strict=True))
-                self.router_sums = [PrefixSums(*map(change, joined))]
+                totals, counts = (torch.cat(parts, dim=1) for parts in zip(*self.router_sums, strict=True))
+                self.router_sums = [(change(totals), change(counts))]
 
         def reset(self) -> None:
             super().reset()
@@ -129,6 +134,11 @@ def sequence_starts(position_ids: Tensor) -> Tensor | None:
     new = torch.diff(sequence_ids, prepend=sequence_ids[:, :1], dim=-1) != 0
     places = torch.arange(sequence_ids.shape[1], device=sequence_ids.device)
     return torch.where(new, places, 0).cummax(dim=-1).values
+
+
+def attended_tokens(mask: Tensor) -> Tensor:
+    """Return (B, T, T) bool from an attention mask (B, 1, T, T), boolean, of zeros and ones, or additive."""
+    return (mask >= 0 if mask.is_floating_point() else mask.bool())[:, 0]
 
 
 def refuse_split_sequences(config: Any) -> None:
@@ -183,6 +193,9 @@ def prefix_sums(values: Tensor, routing: Routing, past: PrefixSums | None = None
     if routing.everywhere and past is not None and values.shape[1] == 1:  # a step of generation
         return PrefixSums(past.totals + values, past.counts + 1.0)
     mask = routing.token_mask if routing.context_mask is None else routing.context_mask
+    if routing.attended is not None:
+        seen = (routing.attended & mask.unsqueeze(1)).float()
+        return PrefixSums(seen @ values, seen.sum(-1, keepdim=True))
     counts = mask.unsqueeze(-1).float().expand(*values.shape[:-1], 1)
     sums = [values * counts, counts]
     if values.shape[1] > 1:
@@ -268,3 +281,18 @@ def expert_weights(logits: Tensor, routing: Routing, top_k: int, renormalise: bo
     # task loss reaches the router. p / p would make the gradient vanish (the published trap).
     weights = logits.softmax(dim=-1).gather(-1, indices)
     return weights / weights.detach(), indices
+
+
+def router_losses(router_logits: tuple[Tensor, ...], routed: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return the load-balancing loss (Switch Transformer, Eq. 4 to 6) and the z loss (ST-MoE, Eq. 5).
+
+    Args:
+        router_logits: (B, T, K) a layer.
+        routed: (B, T) bool; only these tokens count.
+    """
+    flat = tuple(logits.flatten(0, 1) for logits in router_logits)
+    balance = load_balancing_loss_func(flat, router_logits[0].shape[-1], top_k, routed.to(torch.long))
+    squares = [(logits.logsumexp(-1).square() * routed.to(logits.device)).sum() for logits in router_logits]
+    device = router_logits[0].device
+    total = sum(square.to(device) for square in squares)
+    return balance, total / (len(squares) * routed.sum().clamp(min=1).to(device))

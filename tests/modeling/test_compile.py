@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import tiny_moe, tokens
-from transformers import StaticCache
+from conftest import PAD, tiny_moe, tokens
+from transformers import CompileConfig, StaticCache
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Qwen2"])
@@ -26,3 +26,17 @@ def test_compiled_decoding_equals_one_pass(family: str) -> None:
         compiled = decode(torch.compile(moe.forward, fullgraph=True, backend="eager"))
         torch.testing.assert_close(compiled, decode(moe), atol=1e-5, rtol=0)
         torch.testing.assert_close(compiled, moe(ids).logits[:, 8:], atol=1e-5, rtol=0)
+
+
+def test_generate_compiles_its_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks that grow from step to step, or lie otherwise in memory, would have it compiled anew each time."""
+    moe, ids = tiny_moe("Llama", router_context="prompt"), tokens(2, 12)
+    ids[1, :3] = PAD
+    torch.compiler.reset()
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    settings = {"attention_mask": (ids != PAD).long(), "max_new_tokens": 6, "do_sample": False}
+    compiling = CompileConfig(fullgraph=True, dynamic=False, backend="eager")
+    compiling._compile_all_devices = True
+    given = moe.generate(ids, **settings, cache_implementation="static", compile_config=compiling)
+    assert hasattr(moe, "_compiled_call")
+    assert torch.equal(given, moe.generate(ids, **settings))

@@ -150,6 +150,20 @@ def test_embeddings_route_as_their_tokens_do(family: str) -> None:
     assert torch.equal(moe(inputs_embeds=embeddings).logits, moe(ids).logits)
 
 
+def test_generation_from_embeddings_equals_that_from_tokens(family: str) -> None:
+    moe, ids = tiny_moe(family), tokens()
+    written = moe.generate(ids, max_new_tokens=6, do_sample=False)[:, 9:]
+    embeddings = moe.get_input_embeddings()(ids)
+    assert torch.equal(moe.generate(inputs_embeds=embeddings, max_new_tokens=6, do_sample=False), written)
+
+
+def test_the_last_logits_alone_are_the_last_of_all(family: str) -> None:
+    """generate() asks the signature whether it may save itself the prompt's logits."""
+    moe, ids = tiny_moe(family), tokens()
+    assert moe._supports_logits_to_keep()
+    torch.testing.assert_close(logits(moe, ids, logits_to_keep=2), logits(moe, ids)[:, -2:], atol=1e-6, rtol=0)
+
+
 def test_chunks_with_a_cache_equal_one_pass(family: str) -> None:
     moe, ids = tiny_moe(family), tokens(2, 12)
     cache, parts = None, []
@@ -251,10 +265,25 @@ def test_gradient_checkpointing_gives_equal_gradients(family: str) -> None:
         torch.testing.assert_close(one.grad, other.grad, atol=1e-7, rtol=1e-5, msg=name)
 
 
-def test_a_4d_mask_without_token_mask_is_refused() -> None:
+@pytest.mark.parametrize("additive", [True, False])
+@torch.no_grad()
+def test_a_4d_mask_says_what_the_context_is(additive: bool) -> None:
+    """Two texts that share their first five tokens, in one row: each token's mean is over its own branch."""
+    moe, ids, other = tiny_moe("Llama"), tokens(1), tokens(1, 9, seed=5)
+    other[:, :5] = ids[:, :5]
+    seen = torch.ones(13, 13).tril().bool()
+    seen[9:, 5:9] = False
+    mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min) if additive else seen
+    positions = torch.cat([torch.arange(9), torch.arange(5, 9)])[None]
+    both = moe(torch.cat([ids, other[:, 5:]], 1), attention_mask=mask[None, None], position_ids=positions).logits
+    torch.testing.assert_close(both[:, :9], moe(ids).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(both[:, 9:], moe(other).logits[:, 5:], atol=1e-5, rtol=0)
+
+
+def test_a_4d_mask_over_a_cache_needs_token_mask() -> None:
     moe, ids = tiny_moe("Llama"), tokens()
     with pytest.raises(ValueError, match="pass token_mask"):
-        moe(ids, attention_mask=torch.zeros(2, 1, 9, 9))
+        moe(ids, attention_mask=torch.zeros(2, 1, 9, 12))
 
 
 @pytest.mark.parametrize("context", ["prefix", "none"])

@@ -11,7 +11,7 @@ from conftest import DECODERS, ENCODERS, tiny_moe, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_encoders import VISION, inputs
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
 from mergekit_moe.models import routers_of
 
@@ -155,3 +155,14 @@ def test_a_step_changes_what_should_train_and_nothing_else(family: str) -> None:
 
 def test_images_and_texts_are_both_among_the_encoders() -> None:
     assert set(VISION) < set(ENCODERS)
+
+
+def test_pipeline_writes_what_generate_writes(base_folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    moe = tiny_moe("Llama", (2, None, 3), vocab_size=len(tokenizer))
+    moe.save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    writer = pipeline("text-generation", str(tmp_path / "moe"))
+    given = writer("the quick brown", max_new_tokens=8, do_sample=False, return_tensors=True)
+    ids = tokenizer("the quick brown", return_tensors="pt")
+    assert given[0]["generated_token_ids"] == moe.generate(**ids, max_new_tokens=8, do_sample=False)[0].tolist()

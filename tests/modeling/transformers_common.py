@@ -1,9 +1,9 @@
-"""transformers' own common model tests, run against our classes and, as a control, against native Mixtral.
+"""transformers' own common model and generation tests, run against our classes and, as a control, native Mixtral.
 
-Not collected by the suite: it needs the tests of the installed transformers version (its source distribution
-carries `tests/test_modeling_common.py`), as a package whose parent folder is on PYTHONPATH:
+Not collected by the suite: it needs the tests of the installed transformers version as a package whose parent
+folder is on PYTHONPATH (TRANSFORMERS_TESTS.md says where they come from, and what they say):
 
-    PYTHONPATH=FOLDER_WITH_TESTS python -m pytest tests/modeling/transformers_common.py
+    RUN_SLOW=1 PYTHONPATH=FOLDER_WITH_TESTS python -m pytest tests/modeling/transformers_common.py
 """
 
 import unittest
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor
 from transformers.models.auto import modeling_auto
@@ -52,7 +53,7 @@ class Tester:
         return self.get_config(), {"input_ids": ids, "attention_mask": mask}
 
 
-class Common(ModelTesterMixin):
+class Common(ModelTesterMixin, GenerationTesterMixin):
     family: str
     settings: dict[str, Any] = {}
     test_can_init_all_missing_weights_before_2023 = True  # it tells a model's year by its licence line
@@ -75,11 +76,17 @@ def common(family: str, **settings: Any) -> type:
         model_type = config_class(family).model_type
         modeling_auto.MODEL_MAPPING_NAMES[model_type] = classes[0].__name__
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = classes[1].__name__
-    body = {"family": family, "settings": settings, "all_model_classes": classes, "__module__": __name__}
-    return type(f"{family}Test", (Common, unittest.TestCase), {**body, "test_all_params_have_gradient": False})
+    body = {
+        "family": family,
+        "settings": settings,
+        "all_model_classes": classes,
+        "all_generative_model_classes": classes[1:],
+    }
+    body |= {"test_all_params_have_gradient": False, "__module__": __name__}
+    return type(f"{family}Test", (Common, unittest.TestCase), body)
 
 
 LlamaTest = common("Llama")
 Qwen3Test = common("Qwen3", head_dim=8)
 Gemma2Test = common("Gemma2", head_dim=8)
-MixtralTest = common("Mixtral", num_local_experts=2)
+MixtralTest = common("Mixtral", num_local_experts=2, head_dim=8)
