@@ -6,8 +6,8 @@ from numpy.typing import NDArray
 from scipy.linalg import qr
 
 from mergekit_moe.errors import SelectionError
-from mergekit_moe.selection import select_dpp
-from mergekit_moe.selection.dpp import greedy_map
+from mergekit_moe.selection import dpp, select_dpp
+from mergekit_moe.selection.dpp import certificate_size, greedy_map
 
 
 def unit_rows(rng: np.random.Generator, n: int, d: int) -> NDArray[np.float64]:
@@ -23,6 +23,23 @@ def brute_force(kernel: NDArray[np.float64], budget: int) -> list[int]:
         gain = [np.linalg.slogdet(kernel[np.ix_([*picked, i], [*picked, i])])[1] for i in left]
         picked.append(left[int(np.argmax(gain))])
     return picked
+
+
+def dense_greedy(kernel: NDArray[np.float64], budget: int, picked: list[int], spanned: float) -> list[int]:
+    """Chen et al. 2018, Algorithm 1, on the whole kernel; goes on from `picked`, ends where nothing adds anything."""
+    chosen, rows = [], np.zeros((budget, len(kernel)))
+    gain = kernel.diagonal().copy()
+    quality = gain.copy()
+    while len(chosen) < budget:
+        last = picked[len(chosen)] if len(chosen) < len(picked) else int(gain.argmax())
+        if len(chosen) >= len(picked) and gain[last] <= spanned * quality[last]:
+            break
+        k = len(chosen)
+        rows[k] = (kernel[last] - rows[:k, last] @ rows[:k]) / np.sqrt(gain[last])
+        gain -= rows[k] ** 2
+        gain[last] = -np.inf
+        chosen.append(last)
+    return chosen
 
 
 def random_seed() -> int:
@@ -41,6 +58,52 @@ def test_greedy_equals_brute_force_on_fresh_random_kernels(epsilon: float) -> No
         kernel = quality[:, None] * (features @ features.T + epsilon * np.eye(n)) * quality
         picked = select_dpp(features, relevance, budget, alpha=alpha, epsilon=epsilon)
         assert picked.tolist() == brute_force(kernel, budget), f"seed {seed}"
+
+
+@pytest.mark.parametrize("fresh", [16, 1024])
+def test_lazy_equals_dense_on_fresh_random_problems(fresh: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any budget to N, past the rank too, clustered rows, flat and steep relevance, rows stored as float32."""
+    monkeypatch.setattr(dpp, "_FRESH", fresh)
+    for seed in (random_seed() for _ in range(100)):
+        rng = np.random.default_rng(seed)
+        n, d = int(2 ** rng.uniform(2, 11)), int(rng.integers(2, 65))
+        centres = rng.normal(size=(8, d))
+        rows = centres[rng.integers(0, 8, n)] * rng.uniform(0, 2) + rng.normal(size=(n, d))
+        features = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+        relevance, alpha = rng.uniform(0.02, 1, n) ** rng.choice([0.01, 1.0, 3.0]), float(rng.uniform(0.5, 2))
+        epsilon, budget = float(rng.choice([0.0, 1e-3, 0.1])), int(rng.integers(1, n + 1))
+        quality, exact = relevance**alpha, features.astype(np.float64)
+        similarity = exact @ exact.T
+
+        def kernel(nugget: float, similarity=similarity, quality=quality, n=n) -> NDArray[np.float64]:
+            return quality[:, None] * (similarity + nugget * np.eye(n)) * quality
+
+        expected = dense_greedy(kernel(epsilon), budget, [], 1e-9 if epsilon == 0 else 0.0)
+        if len(expected) < budget:
+            expected = dense_greedy(kernel(1e-4), budget, expected, 0.0)
+        picked = select_dpp(features, relevance, budget, alpha=alpha, epsilon=epsilon)
+        assert picked.tolist() == expected, f"seed {seed}"
+
+
+def test_a_memory_map_is_never_copied_whole(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(random_seed())
+    features, relevance = unit_rows(rng, 500, 12).astype(np.float16), rng.uniform(0.1, 1, 500)
+    np.save(f"{tmp_path}/rows.npy", features)
+    monkeypatch.setattr(dpp, "_BLOCK", 64)
+    monkeypatch.setattr(dpp, "_FRESH", 32)
+    stored = np.load(f"{tmp_path}/rows.npy", mmap_mode="r")
+    assert select_dpp(stored, relevance, 200).tolist() == select_dpp(features, relevance, 200).tolist()
+
+
+def test_the_certificate_holds_every_row_that_matters() -> None:
+    """Selection among the rows that it counts alone gives the same picks."""
+    rng = np.random.default_rng(random_seed())
+    features, relevance = unit_rows(rng, 400, 12), rng.beta(0.5, 3, 400).clip(1e-6, 1)
+    picks = greedy_map(features, relevance, 30, epsilon=0.1)
+    inside = np.argsort(-relevance)[: certificate_size(relevance, picks, epsilon=0.1)]
+    assert len(inside) < 400
+    again = select_dpp(features[inside], relevance[inside], 30, epsilon=0.1)
+    assert inside[again].tolist() == picks.rows.tolist()
 
 
 def test_greedy_equals_column_pivoted_qr_up_to_the_rank() -> None:

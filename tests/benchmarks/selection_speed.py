@@ -1,0 +1,102 @@
+"""Speed and memory of the selector beside the dense algorithm and other libraries' selectors.
+
+    python tests/benchmarks/selection_speed.py [--rows 20000 1000000] [--dense]
+
+Rows are unit vectors in 200 clusters, 384 dimensions, float32; relevance is skewed, as classifiers' scores are.
+Each figure comes from a process of its own; memory is what its peak lies above the embeddings. `--dense` runs
+Chen et al.'s algorithm on the N x N kernel (as the authors' code does) in the same run, at 20,000 rows.
+Not part of the test suite: it says how fast, never whether right.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergekit_moe.selection.dpp import certificate_size, greedy_map
+
+SIZE, CLUSTERS = 384, 200
+BUDGETS = ((100, 0.0), (380, 0.0), (500, 0.1), (2_000, 0.1), (10_000, 0.1))
+
+
+def pool(rows: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Return embeddings (N, D) and relevance (N,)."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(CLUSTERS, SIZE)).astype(np.float32)
+    features = np.empty((rows, SIZE), dtype=np.float32)
+    for first in range(0, rows, 65_536):
+        block = features[first : first + 65_536]
+        block[:] = centres[rng.integers(0, CLUSTERS, len(block))] + rng.normal(size=block.shape)
+        block /= np.linalg.norm(block, axis=1, keepdims=True)
+    return features, np.clip(rng.beta(0.3, 3.0, rows), 1e-6, 1.0)
+
+
+def dense(features: NDArray[np.float32], relevance: NDArray[np.float64], budget: int) -> list[int]:
+    """Chen et al. 2018, Algorithm 1, as published: the whole kernel, one Cholesky row a pick."""
+    kernel = (features.astype(np.float64) @ features.T.astype(np.float64)) * relevance * relevance[:, None]
+    rows = np.zeros((budget, len(kernel)))
+    gain = kernel.diagonal().copy()
+    picked = [int(gain.argmax())]
+    while len(picked) < budget:
+        k, last = len(picked) - 1, picked[-1]
+        rows[k] = (kernel[last] - rows[:k, last] @ rows[:k]) / np.sqrt(gain[last])
+        gain -= rows[k] ** 2
+        gain[last] = -np.inf
+        picked.append(int(gain.argmax()))
+    return picked
+
+
+def measure(method: str, rows: int, budget: int, epsilon: float) -> None:
+    """Print seconds, MiB above the embeddings, and the picks, as JSON."""
+    features, relevance = pool(rows)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    if method == "dense":
+        picked, certificate = dense(features, relevance, budget), 0
+    else:
+        picks = greedy_map(features, relevance, budget, epsilon=epsilon)
+        picked, certificate = picks.rows.tolist(), certificate_size(relevance, picks, epsilon=epsilon)
+    seconds = time.perf_counter() - start
+    above = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(json.dumps({"seconds": seconds, "mib": above, "picked": picked, "certificate": certificate}))
+
+
+def measured(method: str, rows: int, budget: int, epsilon: float) -> dict[str, object]:
+    command = [sys.executable, __file__, "--one", method, str(rows), str(budget), str(epsilon)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed and memory of the selector.")
+    parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 1_000_000])
+    parser.add_argument("--dense", action="store_true")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        method, rows, budget, epsilon = options.one
+        measure(method, int(rows), int(budget), float(epsilon))
+        return
+    for rows in options.rows:
+        for budget, epsilon in BUDGETS:
+            if budget < rows:
+                ours = measured("ours", rows, budget, epsilon)
+                print(
+                    f"N {rows}, k {budget}, eps {epsilon}: {ours['seconds']:.2f} s, {ours['mib']:.0f} MiB, "
+                    f"certificate {ours['certificate']} rows",
+                    flush=True,
+                )
+    if options.dense:
+        ours, theirs = measured("ours", 20_000, 380, 0.0), measured("dense", 20_000, 380, 0.0)
+        print(
+            f"N 20000, k 380: dense {theirs['seconds'] / ours['seconds']:.0f} x the time, {theirs['mib']:.0f} MiB "
+            f"against {ours['mib']:.0f}; same picks: {ours['picked'] == theirs['picked']}"
+        )
+
+
+if __name__ == "__main__":
+    main()
