@@ -135,8 +135,8 @@ class _LazyGains:
         self.features = features_ND
         self.log_quality = log_quality_N
         self.epsilon = epsilon
-        self.matrix: NDArray[np.float64] = np.eye(size) / (epsilon or 1.0)
-        self.outer = np.empty_like(self.matrix)
+        self.matrix: NDArray[np.float64] | None = None
+        """(D, D), A: made when there are more picks than its size, and cheaper than all their directions."""
         self.variance = squares_N + epsilon
         self.count = 0
         self.seen = np.zeros(len(log_quality_N), dtype=np.int32)
@@ -159,20 +159,31 @@ class _LazyGains:
     def take(self, row: int) -> None:
         """Condition on a row: it is picked."""
         feature = np.asarray(self.features[row], dtype=np.float64)
-        direction = self.matrix @ feature
+        direction = self._explained_by_none(feature)
         if self.epsilon == 0.0:
-            direction = self.matrix @ direction  # projected twice: one pass loses digits near the rank
+            direction = self._explained_by_none(direction)  # projected twice: one pass loses digits near the rank
             direction /= np.linalg.norm(direction)
         else:
             direction *= np.sqrt(self.epsilon / (1.0 + feature @ direction))
-        self.matrix -= np.outer(direction, direction / (self.epsilon or 1.0), out=self.outer)
-        self.directions[self.count % len(self.directions)] = direction
+        size = len(self.directions)
+        self.directions[self.count % size] = direction
         self.count += 1
+        if self.matrix is not None:
+            self.matrix -= np.outer(direction, direction / self.epsilon)
+        elif self.count == size and self.epsilon > 0.0:
+            self.matrix = (np.eye(size) - self.directions.T @ self.directions) / self.epsilon
         share = self.fresh_features @ direction
         share *= share
         self.fresh_variance -= share
         self.fresh_variance[np.searchsorted(self.fresh, row)] = 0.0  # it is taken
         self.fresh_gain = self._log_gain(self.fresh_quality, self.fresh_variance)
+
+    def _explained_by_none(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return A times a vector."""
+        if self.matrix is not None:
+            return self.matrix @ vector
+        directions = self.directions[: self.count]
+        return (vector - directions.T @ (directions @ vector)) / (self.epsilon or 1.0)
 
     def start_nugget(self, epsilon: float, picked: list[int]) -> None:
         """Go on past the rank: the same picks under a kernel with a nugget."""
@@ -230,8 +241,8 @@ class _LazyGains:
         long_ago = missed > len(self.directions)
         if long_ago.any():
             old = features[long_ago]
-            left = np.einsum("rd,rd->r", old @ self.matrix, old)
-            self.variance[rows[long_ago]] = left if self.epsilon == 0.0 else self.epsilon * (1.0 + left)
+            assert self.matrix is not None  # there were more picks than directions are kept
+            self.variance[rows[long_ago]] = self.epsilon * (1.0 + np.einsum("rd,rd->r", old @ self.matrix, old))
         recent = ~long_ago
         if recent.any():
             most = int(missed[recent].max())
