@@ -165,20 +165,24 @@ class ExpertSource(Spec):
 class Selection(Spec):
     """How each client's proxies are picked from the public pool."""
 
-    method: Literal["dpp", "top-k", "random"] = "dpp"
+    method: Literal["dpp", "top-k", "random", "mmr", "facility-location", "k-means"] = "dpp"
     budget: int = Field(500, ge=1)
     """Proxies a client."""
     candidates: int | None = Field(None, ge=1)
     """Consider only the so many most relevant rows, as published (3000); by default the whole pool."""
-    alpha: float = Field(1.0, ge=0)
-    """Exponent on the relevance in the DPP kernel: higher favours relevance over diversity."""
+    alpha: Annotated[float, Field(ge=0)] | Literal["auto"] = 1.0
+    """Exponent on the relevance in the DPP kernel: higher favours relevance over diversity. `auto` tries 1, 2, 4
+    and 8 and judges by private texts that it held out: by discrepancy (MMD) and coverage."""
     epsilon: float = Field(0.1, ge=0)
     """Nugget on the similarity kernel; 0 is the published objective, large is top-k."""
-    relevance: Literal["classifier"] = "classifier"
+    relevance: Literal["classifier", "centroid"] = "classifier"
+    """Client's texts against the pool, by a classifier; or closeness to the mean of the client's texts."""
     private_samples: int = Field(500, ge=10)
     """At most so many private texts are embedded to fit the relevance classifier."""
-    duplicate_cosine: float = Field(0.95, gt=0, le=1)
-    """Pool rows this close to one of the sampled private texts, and exact copies of any, are never picked."""
+    duplicate_cosine: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Never pick pool rows this close to one of the sampled private texts, nor exact copies of any. Off by default:
+    who can plant a text in the pool, and sees that of all texts like it this one is never picked, knows that it
+    is private. Copies are scored as if they weren't private instead."""
     embedder: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Hub id, folder, or `package:NAME` for an installed package with a `get_model_path()`."""
     embedder_max_length: int | None = Field(None, ge=8)
