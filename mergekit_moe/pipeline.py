@@ -145,6 +145,7 @@ def _embed_pool(job: Job, out: Path) -> None:
 def _select(job: Job, client: ExpertSource, out: Path) -> None:
     import numpy as np
 
+    from mergekit_moe.selection.diagnostics import write_diagnostics
     from mergekit_moe.selection.embedding import load_embeddings, sample_texts
     from mergekit_moe.selection.proxies import select_proxies, tag_shares
 
@@ -172,6 +173,11 @@ def _select(job: Job, client: ExpertSource, out: Path) -> None:
         )
     for warning in chosen.report["warnings"]:
         job.workspace.report(f"warning: expert '{client.name}': {warning}")
+    held_out = job.rows(client)[1]
+    if held_out is not None and len(held_out) > 1:
+        texts = sample_texts(data.texts_of(held_out), settings.private_samples, seed)
+        public = data.texts_of(job.pool)
+        write_diagnostics(pool_vectors, chosen.rows, chosen.relevance, _embed(job, texts), public, seed=seed, out=out)
     write_json(out / PROXIES, proxies)
     write_json(out / _SELECTION, report)
 
