@@ -5,7 +5,7 @@ import string
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from mergekit_moe import hub
 from mergekit_moe.errors import DataError
@@ -76,6 +76,26 @@ def split_held_out(rows: "Dataset") -> tuple["Dataset", "Dataset"]:
 def texts_of(rows: "Dataset") -> list[str]:
     """Return what an embedder reads: prompt and completion as one text."""
     return [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
+
+
+class Texts(Sequence[str]):
+    """`texts_of`, read from the rows when asked for: a pool need not fit into memory."""
+
+    def __init__(self, rows: "Dataset") -> None:
+        self.rows = rows.select_columns(["prompt", "completion"])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        taken = self.rows[index]
+        if isinstance(index, int):
+            return taken["prompt"] + taken["completion"]
+        return [prompt + completion for prompt, completion in zip(taken["prompt"], taken["completion"], strict=True)]
 
 
 def leading_tokens(tokenizer: Any) -> list[int]:

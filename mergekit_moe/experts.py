@@ -97,7 +97,7 @@ def read_proxies(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / PROXIES).is_file():
         raise ExpertError(
             f"expert '{name}': {folder} has no {PROXIES}, so the router can't learn its domain; "
-            "publish the expert with `metamoe publish`, or drop it"
+            "publish the expert with `metamoe publish`, let the recipe pick them (`proxies: expert-gain`), or drop it"
         )
     proxies = read_config(folder, PROXIES, f"expert '{name}'")
     if not _is_proxies(proxies):

@@ -9,7 +9,7 @@ from mergekit_moe.checkpoint import identity, read_config, weights_fingerprint
 from mergekit_moe.errors import ExpertError
 from mergekit_moe.experts import ADAPTER, ADAPTER_CONFIG, PROXIES, STATISTICS, Expert, read_expert, read_proxies
 from mergekit_moe.recipe import ExpertSource, Recipe, Seed
-from mergekit_moe.selection.embedding import resolve_embedder
+from mergekit_moe.selection.embedding import choose_backend, load_embedder, resolve_embedder
 from mergekit_moe.workspace import Workspace, digest, file_sha256
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class Job:
         self.workspace = workspace
         self.data_dir = Path(recipe.data_dir)
         self.clients = [expert for expert in recipe.experts if expert.client is not None]
+        self.foreign = [expert for expert in recipe.experts if expert.proxies == "expert-gain"]
+        """Experts of whom nothing is known but their weights."""
         self._rows: dict[str, tuple[Dataset | None, Dataset | None]] = {}
 
     @functools.cached_property
@@ -58,7 +60,17 @@ class Job:
         """Return what the embeddings depend on besides the texts."""
         version = self.embedder.revision or weights_fingerprint(self.embedder.folder, "selection.embedder")
         settings = self.recipe.selection
-        return {"embedder": [settings.embedder, version], "max_length": settings.embedder_max_length}
+        return {
+            "embedder": [settings.embedder, version, choose_backend(settings.embedder_backend)],
+            "max_length": settings.embedder_max_length,
+            "dtype": settings.embedding_dtype,
+        }
+
+    @functools.cached_property
+    def loaded_embedder(self) -> Any:
+        settings = self.recipe.selection
+        backend = choose_backend(settings.embedder_backend)
+        return load_embedder(self.embedder.folder, settings.embedder_max_length, backend)
 
     @functools.cached_property
     def pool(self) -> "Dataset":
@@ -124,18 +136,26 @@ class Job:
     def expert_identities(self) -> list[list[Any]]:
         """Return what changes whenever an expert does."""
         matters = ("base_weights", "domain_free_token_ids")
-        return [
+        identities: list[list[Any]] = [
             [e.name, e.revision, [e.about.get(key) for key in matters], _published_files(e.folder)]
             for e in self.experts()
         ]
+        picked = [self.workspace.digest_of(f"proxies/{source.name}", "select", (PROXIES,)) for source in self.foreign]
+        return identities + ([picked] if picked else [])
+
+    def proxies(self, expert: Expert) -> dict[str, Any]:
+        """Return what an expert published of its proxies, or what was picked here for it."""
+        picked_here = expert.name in {source.name for source in self.foreign}
+        folder = self.workspace.folder(f"proxies/{expert.name}") if picked_here else expert.folder
+        return read_proxies(folder, expert.name)
 
     def proxy_rows(self, expert: Expert) -> "Dataset":
-        """Return the pool's rows that an expert published as its proxies.
+        """Return the pool's rows that are an expert's proxies.
 
         Raises:
             ExpertError: if it has none, or they were picked from another pool.
         """
-        proxies = read_proxies(expert.folder, expert.name)
+        proxies = self.proxies(expert)
         if proxies["pool"]["fingerprint"] != self.pool_fingerprint:
             raise ExpertError(
                 f"expert '{expert.name}': its proxies were picked from another pool "

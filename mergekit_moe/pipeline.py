@@ -8,21 +8,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_moe import cards, data
+from mergekit_moe import cards, data, selecting
 from mergekit_moe.checkpoint import read_config
 from mergekit_moe.errors import DataError, WorkspaceError
 from mergekit_moe.experts import ADAPTER, ADAPTER_CONFIG, PROXIES, STATISTICS, read_proxies
 from mergekit_moe.job import POOL, Job
 from mergekit_moe.plan import plan
 from mergekit_moe.recipe import ExpertSource, Recipe, Seed
-from mergekit_moe.workspace import digest, is_main_process, read_json, write_json
+from mergekit_moe.workspace import digest, file_sha256, is_main_process, read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 COMMANDS = ("select", "seed", "align", "publish", "merge", "train-router", "evaluate", "card", "export")
-_SELECTION = "selection.json"
-"""A client's own report on its proxies; it stays with the client."""
 
 
 class Step(NamedTuple):
@@ -34,6 +32,8 @@ class Step(NamedTuple):
     make: Callable[[Path], None]
     distributed: bool = False
     """True if all processes of `accelerate launch` work on it; else the main one does."""
+    resumable: bool = False
+    """True if `make` goes on with what a killed run left."""
 
 
 def run(job: Job, only: str | None = None) -> None:
@@ -58,7 +58,7 @@ def run(job: Job, only: str | None = None) -> None:
             plan(job, merging=only is None or COMMANDS.index(only) >= COMMANDS.index("merge"))
             checked = True
         make = step.make if step.distributed or is_main_process() else _nothing
-        job.workspace.build(step.folder, step.inputs, make)
+        job.workspace.build(step.folder, step.inputs, make, resumable=step.resumable)
     if only in (None, "card"):
         _place_card(job)
 
@@ -68,16 +68,43 @@ def steps(job: Job) -> Iterator[Step]:
     recipe, seed = job.recipe, {"seed": job.recipe.seed}
     pool = {"pool": job.pool_fingerprint}
     inputs: dict[str, Any]
-    if job.clients:
-        yield Step("select", "embeddings", pool | job.embedder_identity(), lambda out: _embed_pool(job, out))
+    if job.clients or job.foreign:
+        inputs = pool | job.embedder_identity()
+        yield Step(
+            "select",
+            "embeddings",
+            inputs,
+            lambda out: selecting.embed_pool_of(job, out),
+            distributed=True,
+            resumable=True,
+        )
     for client in job.clients:
         inputs = {
             "selection": recipe.selection.model_dump(mode="json"),
             "embeddings": job.workspace.digest_of("embeddings", "select"),
             "private": job.private_fingerprint(client),
+            "prompts": client.client.prompts if client.client else [],
+            "held_out": job.held_out_fingerprint(client),
             "tags": [client.client.tag if client.client else None, *(source.tag for source in recipe.pool_sources)],
         }
-        yield Step("select", f"proxies/{client.name}", inputs | seed, functools.partial(_select, job, client))
+        make = functools.partial(selecting.select_for_client, job, client)
+        yield Step("select", f"proxies/{client.name}", inputs | seed, make, distributed=True)
+    for expert in job.foreign:
+        source = job.expert(expert)
+        read = {
+            "max_length": recipe.router.max_length,
+            "adapter": file_sha256(source.folder / ADAPTER),
+            "base": job.base_identity,
+        }
+        make = functools.partial(selecting.measure_gains, job, source)
+        yield Step("select", f"gains/{expert.name}", pool | read, make, distributed=True, resumable=True)
+        inputs = {
+            "selection": recipe.selection.model_dump(mode="json"),
+            "embeddings": job.workspace.digest_of("embeddings", "select"),
+            "gains": job.workspace.digest_of(f"gains/{expert.name}", "select"),
+        }
+        make = functools.partial(selecting.select_for_foreign, job, expert)
+        yield Step("select", f"proxies/{expert.name}", inputs | seed, make, distributed=True)
     if isinstance(recipe.base_model, Seed):
         inputs = {"model": recipe.base_model.model_dump(mode="json", exclude={"license"})}
         yield Step("seed", "seed", inputs | pool | seed, lambda out: _train_seed(job, out), distributed=True)
@@ -128,58 +155,6 @@ def steps(job: Job) -> Iterator[Step]:
 
 def _nothing(out: Path) -> None:
     """What the other processes do in a step that is the main one's."""
-
-
-def _embed(job: Job, texts: list[str]) -> Any:
-    from mergekit_moe.selection.embedding import embed, load_embedder
-
-    return embed(load_embedder(job.embedder.folder, job.recipe.selection.embedder_max_length), texts)
-
-
-def _embed_pool(job: Job, out: Path) -> None:
-    from mergekit_moe.selection.embedding import save_embeddings
-
-    save_embeddings(_embed(job, data.texts_of(job.pool)), out)
-
-
-def _select(job: Job, client: ExpertSource, out: Path) -> None:
-    import numpy as np
-
-    from mergekit_moe.selection.diagnostics import write_diagnostics
-    from mergekit_moe.selection.embedding import load_embeddings, sample_texts
-    from mergekit_moe.selection.proxies import select_proxies, tag_shares
-
-    settings, seed = job.recipe.selection, job.recipe.seed
-    pool_vectors = load_embeddings(job.workspace.folder("embeddings"))
-    private = data.texts_of(job.private_rows(client))
-    known = set(private)
-    copies = np.array([text in known for text in data.texts_of(job.pool)])
-    vectors = _embed(job, sample_texts(private, settings.private_samples, seed))
-    chosen = select_proxies(pool_vectors, vectors, settings, name=client.name, seed=seed, copies_N=copies)
-    rows = chosen.rows.tolist()
-    proxies = {
-        "pool": {
-            "fingerprint": job.pool_fingerprint,
-            "sources": [data.describe(source, job.data_dir, POOL) for source in job.recipe.pool_sources],
-            "rows": len(job.pool),
-        },
-        "rows": rows,
-        "ids": job.pool.select(rows)["id"][:],
-    }
-    report = {**chosen.report, "relevance": [round(float(r), 6) for r in chosen.relevance[rows]]}
-    if client.client is not None and client.client.tag is not None:
-        report["tag_shares"] = tag_shares(
-            chosen.rows, job.pool["tag"][:], client.client.tag, chosen.relevance, pool_vectors, settings, seed
-        )
-    for warning in chosen.report["warnings"]:
-        job.workspace.report(f"warning: expert '{client.name}': {warning}")
-    held_out = job.rows(client)[1]
-    if held_out is not None and len(held_out) > 1:
-        texts = sample_texts(data.texts_of(held_out), settings.private_samples, seed)
-        public = data.texts_of(job.pool)
-        write_diagnostics(pool_vectors, chosen.rows, chosen.relevance, _embed(job, texts), public, seed=seed, out=out)
-    write_json(out / PROXIES, proxies)
-    write_json(out / _SELECTION, report)
 
 
 def _train_seed(job: Job, out: Path) -> None:
@@ -317,7 +292,7 @@ def _evaluate(job: Job, out: Path) -> None:
 
 
 def _proxy_shares(job: Job) -> dict[str, dict[str, float]]:
-    reports = {c.name: read_json(job.workspace.folder(f"proxies/{c.name}") / _SELECTION) for c in job.clients}
+    reports = {c.name: read_json(job.workspace.folder(f"proxies/{c.name}") / selecting.SELECTION) for c in job.clients}
     return {name: report["tag_shares"] for name, report in reports.items() if "tag_shares" in report}
 
 
@@ -347,7 +322,7 @@ def _write_card(job: Job, out: Path) -> None:
                 "revision": e.revision,
                 "rank": max(e.ranks.values()),
                 "license": licenses[e.name],
-                "proxies": len(read_proxies(e.folder, e.name)["rows"]),
+                "proxies": len(job.proxies(e)["rows"]),
             }
             for e in experts
         ],

@@ -54,6 +54,9 @@ def _plan_workspace(job: Job) -> list[tuple[str, str]]:
     for client in job.clients:
         for stage in ("proxies", "aligned", "experts"):
             job.workspace.require_free(f"{stage}/{client.name}")
+    for expert in job.foreign:
+        for stage in ("gains", "proxies"):
+            job.workspace.require_free(f"{stage}/{expert.name}")
     return [("workspace", str(job.workspace.root))]
 
 
@@ -78,13 +81,14 @@ def _plan_export(job: Job, target: str) -> list[tuple[str, str]]:
 
 def _plan_pool(job: Job) -> list[tuple[str, str]]:
     budget, rows = job.recipe.selection.budget, len(job.pool)
-    if job.clients and budget > rows:
+    selecting = job.clients or job.foreign
+    if selecting and budget > rows:
         raise DataError(
             f"selection.budget is {budget} but {POOL} has only {rows} rows; lower it, or give a larger pool"
         )
     lines = [("public pool", f"{rows:,} rows")]
-    if job.clients:
-        lines.append(("proxies", f"{budget} a client, {job.recipe.selection.method}, by {job.embedder.source}"))
+    if selecting:
+        lines.append(("proxies", f"{budget} an expert, {job.recipe.selection.method}, by {job.embedder.source}"))
     return lines
 
 
@@ -103,7 +107,8 @@ def _plan_expert(job: Job, source: ExpertSource) -> list[tuple[str, str]]:
     if isinstance(job.recipe.base_model, Seed) and not job.base.folder.is_dir():
         return [(f"expert {source.name}", f"{source.source}, to be checked once the seed is trained")]
     expert = job.expert(source)
-    job.proxy_rows(expert)
+    if source.proxies == "published":
+        job.proxy_rows(expert)
     if job.recipe.router.start == "centroid" and not (expert.folder / STATISTICS).is_file():
         raise ExpertError(
             f"expert '{source.name}': {expert.folder} has no {STATISTICS}, which router.start: centroid needs; "

@@ -130,6 +130,8 @@ class Client(Spec):
     """What the client's expert is for. Read by `select` and `align`; they leave no copy of a row on disk."""
     test: DataSource | None = None
     """Held-out rows of the same domain, for `evaluate`; without it every tenth private row is held out."""
+    prompts: list[Annotated[str, Field(min_length=1)]] = []
+    """Sentences that describe the domain, for `selection.relevance: prompts`."""
     tag: str | None = None
     """The pool's `tag` that fits this client, where it is known: only ever used to judge the selector."""
 
@@ -145,6 +147,9 @@ class ExpertSource(Spec):
     """Inline, or the path of a YAML file that holds it."""
     test: DataSource | None = None
     """Held-out rows for `evaluate`, for an expert that comes from a `source`."""
+    proxies: Literal["published", "expert-gain"] = "published"
+    """`expert-gain` picks them here for a `source` that published none: pool texts that it reads better than the base
+    model does. So any adapter on the Hub can join; proxies that a client picked fit its domain better."""
     license: str | None = None
     """Licence of the expert trained here; the base model's where not given."""
 
@@ -154,6 +159,8 @@ class ExpertSource(Spec):
             raise ValueError(f"expert '{self.name}': give either 'source' or 'client'")
         if self.name in RESERVED_NAMES:
             raise ValueError(f"expert name '{self.name}' is a row of the results table; choose another")
+        if self.client is not None and self.proxies != "published":
+            raise ValueError(f"expert '{self.name}': 'proxies' is for a 'source'; a client's are picked by 'selection'")
         unused = ("test", "revision") if self.client is not None else ("license",)
         for field in unused:
             if getattr(self, field) is not None:
@@ -165,18 +172,20 @@ class ExpertSource(Spec):
 class Selection(Spec):
     """How each client's proxies are picked from the public pool."""
 
-    method: Literal["dpp", "top-k", "random", "mmr", "facility-location", "k-means"] = "dpp"
+    method: Literal["dpp", "auto", "top-k", "random", "mmr", "facility-location", "k-means"] = "dpp"
+    """`auto` tries the DPP at each alpha and facility location, and judges as `alpha: auto` does."""
     budget: int = Field(500, ge=1)
     """Proxies a client."""
     candidates: int | None = Field(None, ge=1)
     """Consider only the so many most relevant rows, as published (3000); by default the whole pool."""
     alpha: Annotated[float, Field(ge=0)] | Literal["auto"] = 1.0
-    """Exponent on the relevance in the DPP kernel: higher favours relevance over diversity. `auto` tries 1, 2, 4
-    and 8 and judges by private texts that it held out: by discrepancy (MMD) and coverage."""
+    """Exponent on the relevance in the DPP kernel: higher favours relevance over diversity. `auto` tries 0.5, 1,
+    2, 4 and 8 and judges by private texts that it held out: by discrepancy (MMD) and coverage."""
     epsilon: float = Field(0.1, ge=0)
     """Nugget on the similarity kernel; 0 is the published objective, large is top-k."""
-    relevance: Literal["classifier", "centroid"] = "classifier"
-    """Client's texts against the pool, by a classifier; or closeness to the mean of the client's texts."""
+    relevance: Literal["classifier", "centroid", "prompts"] = "classifier"
+    """Client's texts against the pool, by a classifier; closeness to the mean of the client's texts; or to the nearest
+    of a few sentences that describe its domain (`client.prompts`), which tell nothing of private text."""
     private_samples: int = Field(500, ge=10)
     """At most so many private texts are embedded to fit the relevance classifier."""
     duplicate_cosine: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -187,6 +196,10 @@ class Selection(Spec):
     """Hub id, folder, or `package:NAME` for an installed package with a `get_model_path()`."""
     embedder_max_length: int | None = Field(None, ge=8)
     """Tokens; the embedder's own limit where not given."""
+    embedder_backend: Literal["auto", "torch", "openvino"] = "auto"
+    """What computes the embeddings; `auto` is OpenVINO on CPUs where it is installed, else torch."""
+    embedding_dtype: Literal["float32", "float16"] = "float32"
+    """Of the pool's embeddings on disk. At 16 bits the DPP keeps about 99 picks of 100 with `epsilon` 0.1."""
 
 
 class Alignment(Training):
@@ -293,6 +306,18 @@ class Recipe(Spec):
             raise ValueError(f"expert name '{twice[0]}' is used more than once; give each expert its own")
         if self.revision is not None and isinstance(self.base_model, Seed):
             raise ValueError("'revision' is for a base model on the Hub, and this one is trained here; drop it")
+        for expert in self.experts if isinstance(self.base_model, Seed) else ():
+            if expert.proxies == "expert-gain":
+                raise ValueError(
+                    f"expert '{expert.name}': proxies by expert-gain need a base_model that exists, "
+                    "and this recipe's is trained here; name a folder or a Hub id"
+                )
+        for expert in self.experts if self.selection.relevance == "prompts" else ():
+            if expert.client is not None and not expert.client.prompts:
+                raise ValueError(
+                    f"expert '{expert.name}': selection.relevance is prompts, but the client has none; "
+                    "give client.prompts, a few sentences such as a user would write"
+                )
         if self.merge.top_k > len(names):
             raise ValueError(f"merge.top_k is {self.merge.top_k} but there are {len(names)} experts; lower it")
         return self

@@ -14,6 +14,8 @@ from mergekit_moe import __version__
 from mergekit_moe.errors import WorkspaceError
 
 MANIFEST = "manifest.json"
+_INPUTS = "inputs.json"
+"""In a folder that is being made: what from, so that a later run knows whether to go on with it."""
 _VERSIONED = ("torch", "transformers", "peft", "sentence-transformers", "scikit-learn")
 
 
@@ -80,11 +82,17 @@ class Workspace:
             for file, facts in manifest["outputs"].items()
         )
 
-    def build(self, name: str, inputs: dict[str, Any], make: Callable[[Path], None]) -> Path:
+    def build(
+        self, name: str, inputs: dict[str, Any], make: Callable[[Path], None], *, resumable: bool = False
+    ) -> Path:
         """Return the stage's folder, made anew by `make(folder)` unless it is current.
 
         It is made under a temporary name and renamed when whole: a killed run leaves the old folder or
         none. All processes of `accelerate launch` run `make`; the main one moves the folder.
+
+        Args:
+            resumable: True if `make` goes on with what a killed run left; it is given that, if it was made from the
+                same inputs. An error leaves it, too.
 
         Raises:
             WorkspaceError: if something that is no stage folder of ours stands in the way.
@@ -98,16 +106,21 @@ class Workspace:
         self.report(f"{name}: building")
         partial = folder.with_name(f".{folder.name}.partial")
         if is_main_process():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            goes_on = resumable and _read_if_there(partial / _INPUTS) == self._complete(inputs)
+            if not goes_on:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            if resumable:
+                write_json(partial / _INPUTS, self._complete(inputs))
         wait_for_everyone()
         with contextlib.ExitStack() as if_it_fails:
-            if is_main_process():
+            if is_main_process() and not resumable:
                 if_it_fails.callback(shutil.rmtree, partial, ignore_errors=True)
             make(partial)
             if_it_fails.pop_all()
         wait_for_everyone()
         if is_main_process():
+            (partial / _INPUTS).unlink(missing_ok=True)
             _write_manifest(partial, self._complete(inputs))
             _replace(folder, partial)
         wait_for_everyone()
@@ -143,11 +156,15 @@ class Workspace:
         return json.loads(json.dumps({**inputs, "versions": {"mergekit_moe": __version__, **versions}}))
 
 
-def _manifest(folder: Path) -> Any:
+def _read_if_there(path: Path) -> Any:
     try:
-        manifest = read_json(folder / MANIFEST)
+        return read_json(path)
     except (OSError, ValueError):
         return None
+
+
+def _manifest(folder: Path) -> Any:
+    manifest = _read_if_there(folder / MANIFEST)
     return manifest if isinstance(manifest, dict) and {"inputs", "outputs"} <= manifest.keys() else None
 
 

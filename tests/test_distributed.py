@@ -5,6 +5,7 @@ the environment that both give their processes is the same.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -89,3 +90,46 @@ def test_two_processes_fit_the_closed_form_as_one_does(workspace: Path) -> None:
         routers.append(load_file(workspace / "model" / "model-00003-of-00003.safetensors"))
     for name, tensor in routers[0].items():
         assert (tensor - routers[1][name]).abs().max() <= 1e-5 * max(1.0, float(tensor.abs().max())), name
+
+
+def test_two_processes_select_as_one_does(workspace: Path, tmp_path: Path) -> None:
+    """Embeddings and picks: bytes of the one, rows of the other."""
+    metamoe("select", workspace.parent / "tiny.yaml", "--workspace", tmp_path / "alone")
+    for file in ("embeddings/embeddings.npy", "embeddings/first_occurrence.npy"):
+        assert (workspace / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
+    for client in ("cooking", "sailing"):
+        ours, alone = (
+            json.loads((folder / "proxies" / client / "proxies.json").read_text())
+            for folder in (workspace, tmp_path / "alone")
+        )
+        assert ours == alone
+
+
+_PICKER = """
+import sys, numpy as np
+from mergekit_moe.selection.dpp import greedy_map
+from mergekit_moe.selection.processes import Processes
+processes = Processes.of_launch()
+assert processes.world_size == 2
+for seed in range(int(sys.argv[1]), int(sys.argv[1]) + 12):
+    rng = np.random.default_rng(seed)
+    n, size = int(rng.integers(3, 3000)), int(rng.integers(2, 40))
+    rows = rng.normal(size=(n, size))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    relevance, allowed = rng.uniform(0.01, 1.0, n), rng.uniform(size=n) < 0.8
+    budget = int(rng.integers(1, max(1, min(allowed.sum(), 3 * size)) + 1))
+    settings = {"alpha": float(rng.choice([1.0, 4.0])), "epsilon": float(rng.choice([0.0, 0.1]))}
+    share = processes.share(n)
+    split = greedy_map(rows[share], relevance[share], budget, allowed=allowed[share], processes=processes, **settings)
+    whole = greedy_map(rows, relevance, budget, allowed=allowed, **settings)
+    assert split.rows.tolist() == whole.rows.tolist(), (seed, n, size, budget, settings)
+    assert allowed[split.rows].all() and np.allclose(split.gains, whole.gains)
+"""
+
+
+def test_two_processes_pick_what_one_picks_on_fresh_random_problems(tmp_path: Path) -> None:
+    (tmp_path / "picker.py").write_text(_PICKER)
+    seed = int.from_bytes(os.urandom(3))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launcher, str(tmp_path / "picker.py"), str(seed)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "mergekit_moe"
 GROUND = {"errors", "recipe", "workspace"}
 MATERIAL = {"architectures", "checkpoint", "data", "experts", "hub", "installed_text", "models", "training"}
 STAGES = {"alignment", "cards", "evaluation", "export", "merging", "publication", "routing", "seed", "selection"}
-TOP = {"exporting", "job", "plan", "pipeline", "cli", "__main__"}
+TOP = {"exporting", "job", "plan", "pipeline", "selecting", "cli", "__main__"}
 MODELING = {"modeling"}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -265,6 +266,32 @@ def test_published_experts_are_merged_from_their_folders(
     merged, own = weights(tmp_path / "ws"), weights(trained)
     assert merged["model-00001-of-00003.safetensors"] == own["model-00001-of-00003.safetensors"]
     assert merged["model-00002-of-00003.safetensors"] == own["model-00002-of-00003.safetensors"]
+
+
+def test_a_foreign_adapter_gets_its_proxies_by_expert_gain(
+    finished: tuple[Path, Path, str], tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Nothing of the client but its weights: no proxies, no expert.json."""
+    recipe, trained, _ = finished
+    values = yaml.safe_load(recipe.read_text())
+    values |= {"base_model": str(trained / "seed"), "router": {"training": None}}
+    values["experts"] = []
+    for name in ("cooking", "sailing", "algebra"):
+        shutil.copytree(trained / "experts" / name, tmp_path / name)
+        values["experts"].append({"name": name, "source": str(tmp_path / name)})
+    for file in ("proxies.json", "expert.json", "statistics.safetensors"):
+        (tmp_path / "cooking" / file).unlink(missing_ok=True)
+    values["experts"][0]["proxies"] = "expert-gain"
+    foreign = recipe.with_name("foreign.yaml")
+    foreign.write_text(yaml.safe_dump(values))
+    for only in ("select", "merge", "train-router"):
+        code, _, error = command(only, foreign, "--workspace", tmp_path / "ws")
+        assert code == 0, error
+    picked = json.loads((tmp_path / "ws" / "proxies" / "cooking" / "proxies.json").read_text())
+    gains = np.load(tmp_path / "ws" / "gains" / "cooking" / "gains.npy")[:, 0]
+    assert len(set(picked["rows"])) == values["selection"]["budget"]
+    assert gains[picked["rows"]].mean() > gains.mean() + gains.std() / 2
+    assert (tmp_path / "ws" / "model" / "config.json").is_file()
 
 
 def test_the_code_block_in_the_card_runs(finished: tuple[Path, Path, str]) -> None:

@@ -4,6 +4,7 @@ Judged against top-k and random by private texts that the selection never saw. N
 Shapes: N pool rows, K rows picked, M held-out private rows, D embedding size.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,7 @@ def write_diagnostics(
     picked_K: NDArray[np.int64],
     relevance_N: NDArray[np.float64],
     held_out_MD: NDArray[np.float32],
-    texts: list[str],
+    texts: Sequence[str],
     *,
     seed: int,
     out: Path,

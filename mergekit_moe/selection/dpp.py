@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mergekit_moe.errors import SelectionError
+from mergekit_moe.selection.processes import ALONE, Processes
 
 _EXHAUSTED = 1e-10
 """Squared residual of a unit row under which the span holds all that float64 can tell of it."""
@@ -55,20 +56,45 @@ def select_dpp(
 
 
 def greedy_map(
-    embeddings: ArrayLike, relevance: ArrayLike, budget: int, *, alpha: float = 1.0, epsilon: float = 0.0
+    embeddings: ArrayLike,
+    relevance: ArrayLike,
+    budget: int,
+    *,
+    alpha: float = 1.0,
+    epsilon: float = 0.0,
+    allowed: NDArray[np.bool_] | None = None,
+    processes: Processes = ALONE,
 ) -> Picks:
-    """`select_dpp` with the gain of each pick."""
-    features_ND, scores_N, squares_N = check_candidates(embeddings, relevance, budget)
-    gains = _LazyGains(features_ND, 2.0 * alpha * np.log(scores_N), squares_N, epsilon)
-    picked: list[tuple[int, float]] = []
-    while len(picked) < budget:
+    """`select_dpp` with the gain of each pick, for rows of which some may not be picked, on any number of processes.
+
+    Args:
+        allowed: (N,) False for rows that may not be picked; all may by default.
+        processes: with several, `embeddings`, `relevance` and `allowed` are this process's share of the rows,
+            and every process returns the picks of all, numbered over the shares joined.
+    """
+    features_ND, scores_N, squares_N = check_candidates(embeddings, relevance)
+    free_N = np.ones(len(scores_N), dtype=bool) if allowed is None else allowed
+    sizes = processes.join(np.array([[len(scores_N), np.count_nonzero(free_N)]]))
+    if not 1 <= budget <= sizes[:, 1].sum():
+        raise SelectionError(f"budget is {budget}; it must lie between 1 and the {sizes[:, 1].sum()} candidates")
+    first = int(sizes[: processes.rank, 0].sum())
+    gains = _LazyGains(features_ND, 2.0 * alpha * np.log(scores_N), squares_N, free_N, epsilon)
+    nowhere = np.zeros(features_ND.shape[1])
+    rows: list[int] = []
+    values: list[float] = []
+    features: list[NDArray[np.float64]] = []
+    while len(rows) < budget:
         best = gains.best()
-        if best is None:  # the picks span every row that is left
-            gains.start_nugget(_NUGGET_PAST_RANK, [row for row, _ in picked])
+        own = (-np.inf, -1, nowhere) if best is None else (best[1], first + best[0], gains.feature(best[0]))
+        gain, row, feature = processes.greatest(*own)
+        if gain == -np.inf:  # the picks span every row that is left
+            gains.start_nugget(_NUGGET_PAST_RANK, np.array(features))
             continue
-        picked.append(best)
-        gains.take(best[0])
-    rows, values = zip(*picked, strict=True)
+        rows.append(row)
+        values.append(gain)
+        if epsilon == 0.0 and len(rows) <= len(feature):  # no more than D are picked before the nugget is needed
+            features.append(feature)
+        gains.take(feature, row - first if 0 <= row - first < len(scores_N) else None)
     return Picks(np.array(rows, dtype=np.int64), np.array(values))
 
 
@@ -82,7 +108,7 @@ def certificate_size(relevance: ArrayLike, picks: Picks, *, alpha: float = 1.0, 
 
 
 def check_candidates(
-    embeddings: ArrayLike, relevance: ArrayLike, budget: int
+    embeddings: ArrayLike, relevance: ArrayLike, budget: int | None = None
 ) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
     """Return embeddings as they are, scores as float64, and the rows' squared lengths (N,), checked.
 
@@ -95,9 +121,11 @@ def check_candidates(
         raise SelectionError(
             f"embeddings have shape {features_ND.shape} and relevance {scores_N.shape}; give (N, D) and (N,)"
         )
-    if not 1 <= budget <= len(scores_N):
+    if budget is not None and not 1 <= budget <= len(scores_N):
         raise SelectionError(f"budget is {budget}; it must lie between 1 and the {len(scores_N)} candidates")
-    squares_N = np.concatenate([np.einsum("nd,nd->n", rows, rows) for _, rows in _in_blocks(features_ND)])
+    squares_N = np.zeros(len(features_ND))
+    for place, rows in _in_blocks(features_ND):
+        squares_N[place] = np.einsum("nd,nd->n", rows, rows)
     # Not `abs(norm - 1) > tolerance`: that is False for NaN.
     if bad := int(np.count_nonzero(~(np.abs(np.sqrt(squares_N) - 1.0) < 1e-2))):
         raise SelectionError(f"{bad} of {len(squares_N)} embeddings are no finite unit vectors; normalise them first")
@@ -129,6 +157,7 @@ class _LazyGains:
         features_ND: NDArray[Any],
         log_quality_N: NDArray[np.float64],
         squares_N: NDArray[np.float64],
+        free_N: NDArray[np.bool_],
         epsilon: float,
     ) -> None:
         size = features_ND.shape[1]
@@ -137,7 +166,9 @@ class _LazyGains:
         self.epsilon = epsilon
         self.matrix: NDArray[np.float64] | None = None
         """(D, D), A: made when there are more picks than its size, and cheaper than all their directions."""
-        self.variance = squares_N + epsilon
+        self.free = free_N.copy()
+        """(N,) False for rows that are taken, or may not be."""
+        self.variance = np.where(free_N, squares_N + epsilon, 0.0)
         self.count = 0
         self.seen = np.zeros(len(log_quality_N), dtype=np.int32)
         """(N,) how many picks each row's variance has accounted for."""
@@ -156,9 +187,11 @@ class _LazyGains:
             self._bring_up_to_date(wanted)
             wanted *= 2  # where gains lie close together, all rows have to be looked at: do it in few steps
 
-    def take(self, row: int) -> None:
-        """Condition on a row: it is picked."""
-        feature = np.asarray(self.features[row], dtype=np.float64)
+    def feature(self, row: int) -> NDArray[np.float64]:
+        return np.asarray(self.features[row], dtype=np.float64)
+
+    def take(self, feature: NDArray[np.float64], row: int | None) -> None:
+        """Condition on a picked row's feature (D,); `row` is its number if it is one of these."""
         direction = self._explained_by_none(feature)
         if self.epsilon == 0.0:
             direction = self._explained_by_none(direction)  # projected twice: one pass loses digits near the rank
@@ -175,7 +208,9 @@ class _LazyGains:
         share = self.fresh_features @ direction
         share *= share
         self.fresh_variance -= share
-        self.fresh_variance[np.searchsorted(self.fresh, row)] = 0.0  # it is taken
+        if row is not None:
+            self.free[row] = False
+            self.fresh_variance[np.searchsorted(self.fresh, row)] = 0.0
         self.fresh_gain = self._log_gain(self.fresh_quality, self.fresh_variance)
 
     def _explained_by_none(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -185,13 +220,11 @@ class _LazyGains:
         directions = self.directions[: self.count]
         return (vector - directions.T @ (directions @ vector)) / (self.epsilon or 1.0)
 
-    def start_nugget(self, epsilon: float, picked: list[int]) -> None:
+    def start_nugget(self, epsilon: float, picked_KD: NDArray[np.float64]) -> None:
         """Go on past the rank: the same picks under a kernel with a nugget."""
-        features = np.asarray(self.features[picked], dtype=np.float64)
-        self.matrix = np.linalg.inv(epsilon * np.eye(features.shape[1]) + features.T @ features).astype(np.float64)
+        self.matrix = np.linalg.inv(epsilon * np.eye(picked_KD.shape[1]) + picked_KD.T @ picked_KD).astype(np.float64)
         self.epsilon = epsilon
-        self.variance = np.full(len(self.log_quality), 1.03 + epsilon)  # no unit row's can be greater
-        self.variance[picked] = 0.0
+        self.variance = np.where(self.free, 1.03 + epsilon, 0.0)  # no unit row's can be greater
         self.seen[:] = -len(self.directions) - 1  # too long ago for the directions that are kept
         self.count = 0
         self._restart()
@@ -204,7 +237,7 @@ class _LazyGains:
         self.fresh_quality: NDArray[np.float64] = np.zeros(0)
         self.bound = self._log_gain(self.log_quality, self.variance)
         """(N,) upper bounds of the gains; -inf for rows that are fresh, and so have exact ones, or taken."""
-        self.outside = float(self.bound.max())
+        self.outside = float(self.bound.max(initial=-np.inf))
 
     def _log_gain(self, log_quality: NDArray[np.float64], variance: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return (R,) log gains; -inf for rows that are taken (variance 0) or that the picks span."""
@@ -233,7 +266,7 @@ class _LazyGains:
         self.fresh_variance = self.variance[rows]
         self.fresh_gain = self.bound[rows]
         self.bound[rows] = -np.inf
-        self.outside = float(self.bound.max())
+        self.outside = float(self.bound.max(initial=-np.inf))
 
     def _make_exact(self, rows: NDArray[np.int64], features: NDArray[np.float64]) -> None:
         """Account for the picks that rows have missed: one direction at a time, or from scratch if those are many."""

@@ -10,14 +10,15 @@ from numpy.typing import NDArray
 from mergekit_moe.errors import SelectionError
 from mergekit_moe.recipe import Selection
 from mergekit_moe.selection import strategies
-from mergekit_moe.selection.dpp import select_dpp
+from mergekit_moe.selection.dpp import greedy_map, select_dpp
+from mergekit_moe.selection.processes import ALONE, Processes
 from mergekit_moe.selection.quality import coverage, squared_mmd
-from mergekit_moe.selection.relevance import RELEVANCE
+from mergekit_moe.selection.relevance import RELEVANCE, Relevance
 
 _MIN_SEPARATION = 0.6
 _FEW_PRIVATE = 200
 """Private texts under which relevance may tell too much of a single one."""
-_ALPHAS = (1.0, 2.0, 4.0, 8.0)
+_ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 _MIN_JUDGES = 10
 _BLOCK = 65_536
 
@@ -51,13 +52,16 @@ SELECTORS: dict[str, Callable[[NDArray[Any], NDArray[Any], Selection, int], NDAr
 
 
 def select_proxies(
-    pool_ND: NDArray[np.float32],
+    pool_ND: NDArray[np.floating],
     private_MD: NDArray[np.float32],
     settings: Selection,
     *,
     name: str,
     seed: int,
+    prompts_PD: NDArray[np.float32] | None = None,
     copies_N: NDArray[np.bool_] | None = None,
+    repeated_N: NDArray[np.bool_] | None = None,
+    processes: Processes = ALONE,
 ) -> ProxySelection:
     """Return the proxies of one client.
 
@@ -66,93 +70,178 @@ def select_proxies(
         private_MD: unit embeddings of M of the client's texts; nothing computed from them but the row
             numbers is meant to leave the client.
         name: the expert's name, for errors; it also sets this client's draws apart from the others'.
+        prompts_PD: unit embeddings of the sentences that `relevance: prompts` goes by.
         copies_N: True for pool rows that are word for word a private text, sampled or not; dropped with the
             near-duplicates, where these are.
+        repeated_N: True for pool rows whose text stands in an earlier row; never picked, for they would add nothing.
+        processes: they share the scoring and the DPP; all return the same.
 
     Raises:
         SelectionError: if fewer rows can be picked than the budget asks for.
     """
     seed = int.from_bytes(hashlib.sha256(f"{name}-{seed}".encode()).digest()[:4])
-    too_close = np.zeros(len(pool_ND), dtype=bool)
+    too_close_N = np.zeros(len(pool_ND), dtype=bool)
     if settings.duplicate_cosine is not None:
-        too_close = _closest(pool_ND, private_MD) >= settings.duplicate_cosine
+        too_close_N = _closest(pool_ND, private_MD) >= settings.duplicate_cosine
         if copies_N is not None:
-            too_close |= copies_N
-    left = int(len(pool_ND) - too_close.sum())
+            too_close_N |= copies_N
+    if repeated_N is None:
+        repeated_N = np.zeros(len(pool_ND), dtype=bool)
+    allowed_N = ~(too_close_N | repeated_N)
+    left = int(np.count_nonzero(allowed_N))
     if settings.budget > min(left, settings.candidates or left):
         raise SelectionError(
             f"expert '{name}': selection.budget is {settings.budget} but the pool has only "
             f"{min(left, settings.candidates or left)} rows to pick from ({len(pool_ND)} in all, "
-            f"{int(too_close.sum())} too close to a private text); lower it"
+            f"{np.count_nonzero(repeated_N)} with the text of another, "
+            f"{np.count_nonzero(too_close_N)} too close to a private text); lower it"
         )
-    sweep: list[dict[str, float]] = []
-    if settings.method == "dpp" and settings.alpha == "auto":
-        sweep = _judge_alphas(pool_ND, private_MD, ~too_close, settings, name=name, seed=seed)
-        settings = settings.model_copy(update={"alpha": sweep[0]["alpha"]})
-    relevance = RELEVANCE[settings.relevance](pool_ND, private_MD, seed=seed)
-    candidates = _candidates(relevance.scores, ~too_close, settings)
-    picks = SELECTORS[settings.method](pool_ND[candidates], relevance.scores[candidates], settings, seed)
+
+    def score(texts_MD: NDArray[np.float32]) -> Relevance:
+        given = prompts_PD if settings.relevance == "prompts" else texts_MD
+        return RELEVANCE[settings.relevance](pool_ND, given, seed=seed, processes=processes)
+
+    sweep: list[dict[str, Any]] = []
+    trials = _trials(settings)
+    if len(trials) > 1:
+        order = np.random.default_rng(seed).permutation(len(private_MD))
+        judges, known = order[: len(order) // 3], order[len(order) // 3 :]
+        if len(judges) < _MIN_JUDGES:
+            raise SelectionError(
+                f"expert '{name}': selection 'auto' judges by a third of the private texts, and {len(judges)} "
+                f"are too few; give a method and an alpha, or at least {3 * _MIN_JUDGES} texts"
+            )
+        scores_N = score(private_MD[known]).scores
+        sweep = _judge(trials, pool_ND, scores_N, private_MD[judges], allowed_N, seed, processes)
+        settings = settings.model_copy(update={key: sweep[0][key] for key in ("method", "alpha")})
+    relevance = score(private_MD)
+    rows, candidates = _pick(pool_ND, relevance.scores, allowed_N, settings, seed, processes)
     report: dict[str, Any] = {
         "separation_auc": round(relevance.separation, 4),
-        "near_duplicates_dropped": int(too_close.sum()),
-        "candidates": len(candidates),
+        "repeated_texts_dropped": int(np.count_nonzero(repeated_N)),
+        "near_duplicates_dropped": int(np.count_nonzero(too_close_N)),
+        "candidates": candidates,
         "warnings": [],
     }
     if sweep:
-        report["alpha"] = settings.alpha
-        report["alphas"] = sweep
-    if len(private_MD) < _FEW_PRIVATE:
+        report |= {"method": settings.method, "alpha": settings.alpha, "tried": sweep}
+    if settings.relevance != "prompts" and len(private_MD) < _FEW_PRIVATE:
         report["warnings"].append(
             f"only {len(private_MD)} private texts were embedded: the choice of proxies may tell more of single ones "
             f"than it would with {_FEW_PRIVATE} or more"
         )
     if relevance.separation < _MIN_SEPARATION:
         report["warnings"].append(
-            f"the classifier can hardly tell this client's texts from the pool (AUC {relevance.separation:.2f}); "
+            f"{settings.relevance} can hardly tell this client's texts from the pool (AUC {relevance.separation:.2f}); "
             "its proxies are little better than random ones"
         )
-    return ProxySelection(candidates[picks], relevance.scores, report)
+    return ProxySelection(rows, relevance.scores, report)
 
 
-def _candidates(scores_N: NDArray[np.float64], allowed_N: NDArray[np.bool_], settings: Selection) -> NDArray[np.int64]:
-    """Return the rows that may be picked, ascending: the whole pool, or its most relevant rows as published."""
-    candidates = np.flatnonzero(allowed_N)
-    if settings.candidates is None:
-        return candidates
-    order = np.argsort(-scores_N[candidates], kind="stable")[: settings.candidates]
-    return np.sort(candidates[order])
-
-
-def _judge_alphas(
-    pool_ND: NDArray[np.float32],
-    private_MD: NDArray[np.float32],
-    allowed_N: NDArray[np.bool_],
+def pick_by_relevance(
+    pool_ND: NDArray[np.floating],
+    relevance: Relevance,
     settings: Selection,
     *,
     name: str,
     seed: int,
-) -> list[dict[str, float]]:
-    """Return what each alpha does to private texts that its relevance never saw, the best one first.
+    repeated_N: NDArray[np.bool_],
+    processes: Processes = ALONE,
+) -> ProxySelection:
+    """Return the proxies of an expert without a client here: there is nothing private to judge or to warn by.
+
+    Raises:
+        SelectionError: if there are too few rows, or `alpha` is auto, which goes by private texts.
+    """
+    if len(_trials(settings)) > 1:
+        raise SelectionError(
+            f"expert '{name}': selection 'auto' judges by a client's texts, and there are none; "
+            "give a method and an alpha"
+        )
+    left = int(np.count_nonzero(~repeated_N))
+    if settings.budget > min(left, settings.candidates or left):
+        raise SelectionError(
+            f"expert '{name}': selection.budget is {settings.budget} but the pool has only "
+            f"{min(left, settings.candidates or left)} rows to pick from; lower it"
+        )
+    rows, candidates = _pick(pool_ND, relevance.scores, ~repeated_N, settings, seed, processes)
+    report = {
+        "read_better_than_by_the_base": round(relevance.separation, 4),
+        "repeated_texts_dropped": int(np.count_nonzero(repeated_N)),
+        "candidates": candidates,
+    }
+    return ProxySelection(rows, relevance.scores, report)
+
+
+def _pick(
+    pool_ND: NDArray[np.floating],
+    scores_N: NDArray[np.float64],
+    allowed_N: NDArray[np.bool_],
+    settings: Selection,
+    seed: int,
+    processes: Processes,
+) -> tuple[NDArray[np.int64], int]:
+    """Return the (K,) picked rows and how many candidates there were: the pool, or its most relevant rows."""
+    if settings.candidates is not None:
+        candidates = np.flatnonzero(allowed_N)
+        order = np.argsort(-scores_N[candidates], kind="stable")[: settings.candidates]
+        allowed_N = np.zeros(len(pool_ND), dtype=bool)
+        allowed_N[candidates[order]] = True
+    count = int(np.count_nonzero(allowed_N))
+    if settings.method == "dpp":
+        assert settings.alpha != "auto"
+        share = processes.share(len(pool_ND))
+        picks = greedy_map(
+            pool_ND[share],
+            scores_N[share],
+            settings.budget,
+            alpha=settings.alpha,
+            epsilon=settings.epsilon,
+            allowed=allowed_N[share],
+            processes=processes,
+        )
+        return picks.rows, count
+    candidates = np.flatnonzero(allowed_N)
+    picked = None
+    if processes.rank == 0:
+        picked = candidates[SELECTORS[settings.method](pool_ND[candidates], scores_N[candidates], settings, seed)]
+    return processes.from_first(picked), count
+
+
+def _trials(settings: Selection) -> list[Selection]:
+    """Return what `auto` stands for in the settings; they alone where nothing is auto."""
+    alphas = _ALPHAS if settings.alpha == "auto" else (settings.alpha,)
+    if settings.method == "auto":
+        alphas = _ALPHAS
+    elif settings.method != "dpp":
+        return [settings]
+    trials = [settings.model_copy(update={"method": "dpp", "alpha": alpha}) for alpha in alphas]
+    if settings.method == "auto":
+        trials.append(settings.model_copy(update={"method": "facility-location", "alpha": 1.0}))
+    return trials
+
+
+def _judge(
+    trials: list[Selection],
+    pool_ND: NDArray[np.floating],
+    scores_N: NDArray[np.float64],
+    judges_JD: NDArray[np.float32],
+    allowed_N: NDArray[np.bool_],
+    seed: int,
+    processes: Processes,
+) -> list[dict[str, Any]]:
+    """Return what each trial does to private texts that the relevance never saw, the best one first.
 
     Best is the least sum of ranks by discrepancy and by coverage, the smaller discrepancy where those are equal.
     """
-    order = np.random.default_rng(seed).permutation(len(private_MD))
-    judges, known = order[: len(order) // 3], order[len(order) // 3 :]
-    if len(judges) < _MIN_JUDGES:
-        raise SelectionError(
-            f"expert '{name}': selection.alpha 'auto' judges by a third of the private texts, and {len(judges)} "
-            f"are too few; give a number, or at least {3 * _MIN_JUDGES} texts"
-        )
-    scores = RELEVANCE[settings.relevance](pool_ND, private_MD[known], seed=seed).scores
-    candidates = _candidates(scores, allowed_N, settings)
     sweep = []
-    for alpha in _ALPHAS:
-        tried = settings.model_copy(update={"alpha": alpha})
-        picked = pool_ND[candidates[_dpp(pool_ND[candidates], scores[candidates], tried, seed)]]
-        mmd, covered = squared_mmd(picked, private_MD[judges]), coverage(picked, private_MD[judges])
-        sweep.append({"alpha": alpha, "squared_mmd": round(mmd, 6), "coverage": round(covered, 4)})
+    for tried in trials:
+        picked = pool_ND[_pick(pool_ND, scores_N, allowed_N, tried, seed, processes)[0]]
+        mmd, covered = squared_mmd(picked, judges_JD), coverage(picked, judges_JD)
+        judged = {"squared_mmd": round(mmd, 6), "coverage": round(covered, 4)}
+        sweep.append({"method": tried.method, "alpha": tried.alpha, **judged})
 
-    def rank(row: dict[str, float]) -> tuple[int, float]:
+    def rank(row: dict[str, Any]) -> tuple[int, float]:
         nearer = sum(other["squared_mmd"] < row["squared_mmd"] for other in sweep)
         wider = sum(other["coverage"] > row["coverage"] for other in sweep)
         return nearer + wider, row["squared_mmd"]
@@ -160,10 +249,10 @@ def _judge_alphas(
     return sorted(sweep, key=rank)
 
 
-def _closest(pool_ND: NDArray[np.float32], private_MD: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return each pool row's greatest cosine to a private text, (N,), a block of rows at a time."""
+def _closest(pool_ND: NDArray[np.floating], private_MD: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return (N,) each pool row's greatest cosine to a private text, a block of rows at a time."""
     blocks = [pool_ND[start : start + _BLOCK] for start in range(0, len(pool_ND), _BLOCK)]
-    return np.concatenate([(block @ private_MD.T).max(axis=1) for block in blocks])
+    return np.concatenate([(np.asarray(rows, dtype=np.float32) @ private_MD.T).max(axis=1) for rows in blocks])
 
 
 def tag_shares(

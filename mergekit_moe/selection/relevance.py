@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergekit_moe.errors import SelectionError
+from mergekit_moe.selection.processes import ALONE, Processes
 
 _MAX_NEGATIVES = 20_000
 _FOLDS = 5
@@ -28,7 +29,9 @@ class Relevance(NamedTuple):
     """Area under the ROC curve, client's texts against pool, out of fold: 0.5 is 'can't tell them apart'."""
 
 
-def classifier_relevance(pool_ND: NDArray[np.float32], private_MD: NDArray[np.float32], *, seed: int) -> Relevance:
+def classifier_relevance(
+    pool_ND: NDArray[np.floating], private_MD: NDArray[np.float32], *, seed: int, processes: Processes = ALONE
+) -> Relevance:
     """Score the pool by a balanced logistic regression, client's texts against pool (MetaMoE, section 3.1).
 
     Every score is out of fold on both sides: no row is scored by a classifier that saw it as a negative, nor by
@@ -39,12 +42,11 @@ def classifier_relevance(pool_ND: NDArray[np.float32], private_MD: NDArray[np.fl
     Args:
         pool_ND: unit embeddings of the pool; up to 20,000 of them serve as negatives.
         private_MD: unit embeddings of the client's texts.
+        processes: each scores its share of the pool; all return the scores of the whole.
 
     Raises:
         SelectionError: if there are too few rows on either side to hold any out.
     """
-    from sklearn.metrics import roc_auc_score
-
     if len(private_MD) < 2 * _FOLDS or len(pool_ND) < 2 * _FOLDS:
         raise SelectionError(
             f"a relevance classifier needs at least {2 * _FOLDS} rows on both sides, "
@@ -55,33 +57,34 @@ def classifier_relevance(pool_ND: NDArray[np.float32], private_MD: NDArray[np.fl
     negatives = rng.permutation(len(pool_ND))[:_MAX_NEGATIVES]
     half_N = np.full(len(pool_ND), -1)
     half_N[negatives] = np.arange(len(negatives)) % 2
-    copied_fold_N = _copied_fold(pool_ND, private_MD, private_fold)
-    total_N, models_N = np.zeros(len(pool_ND)), np.zeros(len(pool_ND))
+    share = processes.share(len(pool_ND))
+    own_ND, own_half_N = pool_ND[share], half_N[share]
+    copied_fold_N = _copied_fold(own_ND, private_MD, private_fold)
+    total_N, models_N = np.zeros(len(own_ND)), np.zeros(len(own_ND))
     private_scores = np.zeros(len(private_MD))
     for fold, half in itertools.product(range(_FOLDS), (0, 1)):
-        own, others = private_MD[private_fold != fold], pool_ND[half_N == half]
+        learnt, others = private_MD[private_fold != fold], np.asarray(pool_ND[half_N == half], dtype=np.float32)
         classifier = _classifier(len(private_MD))
-        classifier.fit(np.concatenate([own, others]), np.arange(len(own) + len(others)) < len(own))
-        scored = np.flatnonzero((half_N != half) & ((copied_fold_N == fold) | (copied_fold_N == -1)))
+        classifier.fit(np.concatenate([learnt, others]), np.arange(len(learnt) + len(others)) < len(learnt))
+        scored = np.flatnonzero((own_half_N != half) & ((copied_fold_N == fold) | (copied_fold_N == -1)))
         for first in range(0, len(scored), _BLOCK):
             rows = scored[first : first + _BLOCK]
-            total_N[rows] += classifier.predict_proba(pool_ND[rows])[:, 1]
+            total_N[rows] += classifier.predict_proba(np.asarray(own_ND[rows], dtype=np.float32))[:, 1]
             models_N[rows] += 1
         held_out = private_fold == fold
         private_scores[held_out] += classifier.predict_proba(private_MD[held_out])[:, 1] / 2
-    scores = total_N / models_N
-    labels = np.concatenate([np.ones(len(private_MD)), np.zeros(len(negatives))])
-    separation = roc_auc_score(labels, np.concatenate([private_scores, scores[negatives]]))
-    return Relevance(np.clip(scores, _SMALLEST, 1.0), float(separation))
+    scores = processes.join(total_N / models_N)
+    separation = _separation(private_scores, scores[negatives])
+    return Relevance(np.clip(scores, _SMALLEST, 1.0), separation)
 
 
 def _copied_fold(
-    pool_ND: NDArray[np.float32], private_MD: NDArray[np.float32], private_fold: NDArray[np.int64]
+    pool_ND: NDArray[np.floating], private_MD: NDArray[np.float32], private_fold: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Return (N,) the fold of the private text that a pool row is as good as a copy of, -1 for all others."""
-    folds = []
+    folds = [np.zeros(0, dtype=np.int64)]
     for first in range(0, len(pool_ND), _BLOCK):
-        cosines = pool_ND[first : first + _BLOCK] @ private_MD.T
+        cosines = np.asarray(pool_ND[first : first + _BLOCK], dtype=np.float32) @ private_MD.T
         folds.append(np.where(cosines.max(axis=1) > _COPY, private_fold[cosines.argmax(axis=1)], -1))
     return np.concatenate(folds)
 
@@ -95,7 +98,9 @@ def _classifier(private_texts: int) -> Any:
     return LogisticRegression(C=1.0, class_weight="balanced", max_iter=1000)
 
 
-def centroid_relevance(pool_ND: NDArray[np.float32], private_MD: NDArray[np.float32], *, seed: int) -> Relevance:
+def centroid_relevance(
+    pool_ND: NDArray[np.floating], private_MD: NDArray[np.float32], *, seed: int, processes: Processes = ALONE
+) -> Relevance:
     """Score the pool by cosine to the mean of the client's texts, scaled over the pool to (0, 1].
 
     All that it uses of the private texts is one vector; it finds a domain far worse than the classifier does.
@@ -103,23 +108,73 @@ def centroid_relevance(pool_ND: NDArray[np.float32], private_MD: NDArray[np.floa
     Raises:
         SelectionError: if there are no private texts, or all rows of the pool are as close.
     """
-    from sklearn.metrics import roc_auc_score
-
     if len(private_MD) == 0:
         raise SelectionError("centroid relevance needs private texts, got none")
     private = np.asarray(private_MD, dtype=np.float64)
-    centroid = private.mean(axis=0)
-    cosines_N = np.asarray(pool_ND @ centroid.astype(pool_ND.dtype), dtype=np.float64)
-    low, high = cosines_N.min(), cosines_N.max()
-    if high - low < _SMALLEST:
-        raise SelectionError("all rows of the pool are as close to the client's centroid; it can't tell them apart")
-    others = private @ centroid
+    total = private.sum(axis=0)
+    cosines_N = _cosines(pool_ND, total / len(private), processes)
+    others = private @ total / len(private)
     if len(private) > 1:  # a text is judged by the mean of the others
-        others = (private @ private.sum(axis=0) - 1.0) / (len(private) - 1)
-    labels = np.concatenate([np.ones(len(private)), np.zeros(len(pool_ND))])
-    separation = roc_auc_score(labels, np.concatenate([others, cosines_N]))
-    return Relevance(np.clip((cosines_N - low) / (high - low), _SMALLEST, 1.0), float(separation))
+        others = (private @ total - 1.0) / (len(private) - 1)
+    return Relevance(_scaled(cosines_N, "centroid"), _separation(others, cosines_N))
 
 
-RELEVANCE: dict[str, Callable[..., Relevance]] = {"classifier": classifier_relevance, "centroid": centroid_relevance}
-"""Recipe's name of each kind -> function of (pool_ND, private_MD, *, seed)."""
+def prompts_relevance(
+    pool_ND: NDArray[np.floating], prompts_PD: NDArray[np.float32], *, seed: int, processes: Processes = ALONE
+) -> Relevance:
+    """Score the pool by a few sentences that describe the domain; no private text is needed.
+
+    A row's score is its mean cosine to the sentences, all less the pool's mean (what the whole pool has in common
+    counts for nothing), scaled over the pool to (0, 1].
+
+    Args:
+        prompts_PD: unit embeddings of the sentences, at least one.
+
+    Raises:
+        SelectionError: if there is no sentence, or all rows of the pool are as close.
+    """
+    if len(prompts_PD) == 0:
+        raise SelectionError("prompts relevance needs at least one sentence, got none")
+    sample = np.sort(np.random.default_rng(seed).permutation(len(pool_ND))[:_MAX_NEGATIVES])
+    mean = np.asarray(pool_ND[sample], dtype=np.float64).mean(axis=0)
+    prompts = _directions(prompts_PD - mean)
+    own_ND = pool_ND[processes.share(len(pool_ND))]
+    cosines = [np.zeros(0)]
+    for first in range(0, len(own_ND), _BLOCK):
+        cosines.append(_directions(own_ND[first : first + _BLOCK] - mean) @ prompts.mean(axis=0))
+    cosines_N = processes.join(np.concatenate(cosines))
+    # A sentence is judged by the others.
+    among = (prompts @ prompts.sum(axis=0) - 1.0) / max(1, len(prompts) - 1)
+    return Relevance(_scaled(cosines_N, "sentences"), _separation(among, cosines_N))
+
+
+def _cosines(pool_ND: NDArray[np.floating], vector_D: NDArray[Any], processes: Processes) -> NDArray[np.float64]:
+    own_ND = pool_ND[processes.share(len(pool_ND))]
+    blocks = [own_ND[first : first + _BLOCK] @ vector_D for first in range(0, len(own_ND), _BLOCK)]
+    return processes.join(np.concatenate([np.zeros(0), *blocks]))
+
+
+def _directions(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _SMALLEST)
+
+
+def _scaled(values_N: NDArray[np.float64], to: str) -> NDArray[np.float64]:
+    low, high = values_N.min(), values_N.max()
+    if high - low < _SMALLEST:
+        raise SelectionError(f"all rows of the pool are as close to the client's {to}; it can't tell them apart")
+    return np.clip((values_N - low) / (high - low), _SMALLEST, 1.0)
+
+
+def _separation(own: NDArray[np.float64], pool: NDArray[np.float64]) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    labels = np.concatenate([np.ones(len(own)), np.zeros(len(pool))])
+    return float(roc_auc_score(labels, np.concatenate([own, pool])))
+
+
+RELEVANCE: dict[str, Callable[..., Relevance]] = {
+    "classifier": classifier_relevance,
+    "centroid": centroid_relevance,
+    "prompts": prompts_relevance,
+}
+"""Recipe's name of each kind -> function of (pool_ND, embeddings of texts or sentences, *, seed, processes)."""

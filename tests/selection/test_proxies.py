@@ -11,7 +11,7 @@ from mergekit_moe.errors import SelectionError
 from mergekit_moe.recipe import Selection
 from mergekit_moe.selection.proxies import SELECTORS, select_proxies, tag_shares
 from mergekit_moe.selection.quality import squared_mmd
-from mergekit_moe.selection.relevance import RELEVANCE, centroid_relevance, classifier_relevance
+from mergekit_moe.selection.relevance import RELEVANCE, centroid_relevance, classifier_relevance, prompts_relevance
 
 SIZE = 24
 
@@ -47,7 +47,7 @@ def test_more_rows_than_negatives_are_all_scored(monkeypatch: pytest.MonkeyPatch
     assert scores.max() <= 1.0
 
 
-@pytest.mark.parametrize("method", SELECTORS)
+@pytest.mark.parametrize("method", [*SELECTORS, "auto"])
 def test_each_method_picks_the_budget_of_distinct_rows(method: str) -> None:
     chosen = select_proxies(POOL, PRIVATE, Selection(budget=40, method=method), name="a", seed=0)
     assert len(set(chosen.rows.tolist())) == 40
@@ -90,7 +90,7 @@ def test_tag_shares_compare_the_choice_with_top_k_and_random() -> None:
 
 
 def test_recipes_name_every_selector() -> None:
-    assert set(get_args(Selection.model_fields["method"].annotation)) == set(SELECTORS)
+    assert set(get_args(Selection.model_fields["method"].annotation)) == {*SELECTORS, "auto"}
     assert set(get_args(Selection.model_fields["relevance"].annotation)) == set(RELEVANCE)
 
 
@@ -98,8 +98,8 @@ def test_alpha_auto_is_the_best_of_the_sweep_by_rows_that_it_never_saw() -> None
     """Little on-topic supply asks for sharp relevance; the choice made is that of the alpha named."""
     private = around(0, 90, 4)
     chosen = select_proxies(POOL, private, Selection(budget=40, alpha="auto"), name="a", seed=0)
-    sweep = {row["alpha"]: row for row in chosen.report["alphas"]}
-    assert set(sweep) == {1.0, 2.0, 4.0, 8.0}
+    sweep = {row["alpha"]: row for row in chosen.report["tried"]}
+    assert set(sweep) == {0.5, 1.0, 2.0, 4.0, 8.0}
     alpha = chosen.report["alpha"]
     ranks = {
         a: sum(o["squared_mmd"] < r["squared_mmd"] for o in sweep.values())
@@ -112,6 +112,15 @@ def test_alpha_auto_is_the_best_of_the_sweep_by_rows_that_it_never_saw() -> None
     flat = select_proxies(POOL, private, Selection(budget=40, method="random"), name="a", seed=0)
     fresh = around(0, 60, 9)
     assert squared_mmd(POOL[chosen.rows], fresh) < squared_mmd(POOL[flat.rows], fresh)
+
+
+def test_method_auto_tries_facility_location_too_and_says_what_it_kept() -> None:
+    private = around(0, 90, 4)
+    chosen = select_proxies(POOL, private, Selection(budget=40, method="auto"), name="a", seed=0)
+    tried = [(row["method"], row["alpha"]) for row in chosen.report["tried"]]
+    assert len(tried) == 6 and ("facility-location", 1.0) in tried
+    kept = Selection(budget=40, method=chosen.report["method"], alpha=chosen.report["alpha"])
+    assert chosen.rows.tolist() == select_proxies(POOL, private, kept, name="a", seed=0).rows.tolist()
 
 
 def test_alpha_auto_needs_texts_to_judge_by() -> None:
@@ -134,6 +143,37 @@ def test_centroid_finds_the_domain_and_says_how_well() -> None:
     assert relevance.separation > 0.8
     with pytest.raises(SelectionError, match="as close"):
         centroid_relevance(np.repeat(POOL[:1], 20, axis=0), PRIVATE, seed=0)
+
+
+def test_repeated_texts_are_picked_once() -> None:
+    pool, repeated = np.concatenate([POOL, POOL[:50]]), np.arange(450) >= 400
+    chosen = select_proxies(pool, PRIVATE, Selection(budget=399), name="a", seed=0, repeated_N=repeated)
+    assert chosen.rows.max() < 400
+    assert chosen.report["repeated_texts_dropped"] == 50
+    with pytest.raises(SelectionError, match=r"only 400 rows to pick from \(450 in all, 50 with the text of another"):
+        select_proxies(pool, PRIVATE, Selection(budget=401), name="a", seed=0, repeated_N=repeated)
+
+
+def test_prompts_find_the_domain_without_a_private_text() -> None:
+    relevance = prompts_relevance(POOL, PRIVATE[:4], seed=0)
+    assert roc_auc_score(np.arange(400) < 60, relevance.scores) > 0.95
+    settings = Selection(budget=30, relevance="prompts")
+    one, other = (
+        select_proxies(POOL, private, settings, name="a", seed=0, prompts_PD=PRIVATE[:4]).rows
+        for private in (PRIVATE, around(2, 50, 9))
+    )
+    assert np.array_equal(one, other)
+    with pytest.raises(SelectionError, match="at least one sentence"):
+        prompts_relevance(POOL, PRIVATE[:0], seed=0)
+
+
+def test_a_pool_of_one_text_is_told_apart_from_nothing() -> None:
+    constant = np.repeat(POOL[:1], 30, axis=0)
+    chosen = select_proxies(constant, PRIVATE, Selection(budget=5), name="a", seed=0)
+    assert len(set(chosen.rows.tolist())) == 5
+    for kind in (centroid_relevance, prompts_relevance):
+        with pytest.raises(SelectionError, match="all rows of the pool are as close"):
+            kind(constant, PRIVATE, seed=0)
 
 
 @pytest.mark.parametrize("texts", [50, 500])
