@@ -1,13 +1,15 @@
 """Rows of text from files, folders, the Hub or the Python installation, and their tokens."""
 
 import functools
+import itertools
+import os
 import string
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from mergekit_moe import hub
+from mergekit_moe import __version__, hub
 from mergekit_moe.errors import DataError
 from mergekit_moe.installed_text import CORPORA
 from mergekit_moe.recipe import DataSource
@@ -15,35 +17,85 @@ from mergekit_moe.workspace import digest, file_sha256
 
 if TYPE_CHECKING:
     import torch
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _PIECE = " [piece] "
 """Between a text's id and a chunk's number: nothing that an id of its own would hold."""
+_RENDERING = 1
+"""Of how templates become text: to be raised with any change to it, so that no cached pool outlives it."""
 IGNORED = -100
 """Label of a token that no loss counts."""
 
 
-def load_rows(sources: Sequence[DataSource], data_dir: Path, what: str) -> "Dataset":
+def load_rows(
+    sources: Sequence[DataSource],
+    data_dir: Path,
+    what: str,
+    *,
+    public: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> "Dataset":
     """Return the rows of all sources as columns `id`, `prompt`, `completion` and `tag`.
 
     Args:
         what: how an error names these rows, such as "the public pool" or "expert 'law'".
+        public: True for rows that may lie in the user's `datasets` cache: memory-mapped, they need not fit into memory
+            and are made once. Others are kept in memory and leave no copy.
+        tell: is given a sentence about each source of which rows are left out for want of text.
 
     Raises:
         DataError: if a source is missing, has no usable row, or lacks a column that a template names.
     """
-    from datasets import Dataset
+    from datasets import Dataset, Features, Value
 
-    rows: list[dict[str, str]] = []
-    for source in sources:
-        taken = list(_rows_of(source, data_dir, what))
-        if not taken:
-            raise DataError(
-                f"{what}: {_name(source)} has no row with text in it; check 'where', 'split' and the templates"
-            )
-        rows.extend(taken)
-    return Dataset.from_list(rows)
+    columns = Features({name: Value("string") for name in ("id", "prompt", "completion", "tag")})
+    rows = itertools.chain.from_iterable(_told(source, data_dir, what, public, tell) for source in sources)
+    if not public:
+        return Dataset.from_list(list(rows), features=columns)
+    made_from = [
+        fingerprint(sources, data_dir, what),
+        [[source.tag, source.streaming] for source in sources],
+        [__version__, _RENDERING],
+    ]
+    return _on_disk(rows, columns, digest(made_from))
+
+
+def _told(
+    source: DataSource, data_dir: Path, what: str, public: bool, tell: Callable[[str], None]
+) -> Iterator[dict[str, str]]:
+    """Yield a source's rows that have text; say how many have none."""
+    taken, empty = 0, 0
+    for row in _rows_of(source, data_dir, what, public):
+        if row["completion"]:
+            taken += 1
+            yield row
+        else:
+            empty += 1
+    if not taken:
+        raise DataError(f"{what}: {_name(source)} has no row with text in it; check 'where', 'split' and the templates")
+    if empty:
+        tell(f"note: {what}: {empty:,} rows of {_name(source)} have no text and are left out")
+
+
+def _on_disk(rows: Iterator[dict[str, str]], columns: Any, name: str) -> "Dataset":
+    """Return the rows from a file in the `datasets` cache, which is written first unless it is there."""
+    from datasets import Dataset, config
+    from datasets.arrow_writer import ArrowWriter
+
+    file = Path(config.HF_DATASETS_CACHE) / "mergekit_moe" / f"{name}.arrow"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        try:
+            with ArrowWriter(path=str(partial), features=columns) as writer:
+                for row in rows:
+                    writer.write(row)
+                writer.finalize()
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+    return Dataset.from_file(str(file))
 
 
 def fingerprint(sources: Sequence[DataSource], data_dir: Path, what: str) -> list[dict[str, Any]]:
@@ -153,8 +205,9 @@ def batches(
         yield {key: value.to(device) for key, value in batch.items()}
 
 
-def _rows_of(source: DataSource, data_dir: Path, what: str) -> Iterable[dict[str, str]]:
-    raw = _load(source, data_dir, what)
+def _rows_of(source: DataSource, data_dir: Path, what: str, public: bool) -> Iterator[dict[str, str]]:
+    """Yield a source's rows, those without text as one with an empty completion."""
+    raw = _load(source, data_dir, what, public)
     for column in [*source.where, *([source.tag] if source.tag else [])]:
         _require_column(column, raw.column_names, source, what)
     for template in (source.text, source.prompt, source.completion):
@@ -170,14 +223,17 @@ def _rows_of(source: DataSource, data_dir: Path, what: str) -> Iterable[dict[str
         taken += 1
         name = str(row.get(source.id, number))
         tag = str(row[source.tag]) if source.tag else ""
-        prompt = _render(source.prompt or "", row)
-        pieces = _chunks(_render(source.text or source.completion or "", row), source.chunk)
-        for k, piece in enumerate(pieces):
-            row_id = name if len(pieces) == 1 else f"{name}{_PIECE}{k}"
+        try:
+            prompt = _render(source.prompt or "", row)
+            pieces = _chunks(_render(source.text or source.completion or "", row), source.chunk)
+        except TypeError as error:
+            raise DataError(f"{what}: {_name(source)}, row {number}: {error}") from None
+        for k, piece in enumerate(pieces or [""]):
+            row_id = name if len(pieces) <= 1 else f"{name}{_PIECE}{k}"
             yield {"id": row_id, "prompt": prompt, "completion": piece, "tag": tag}
 
 
-def _load(source: DataSource, data_dir: Path, what: str) -> "Dataset":
+def _load(source: DataSource, data_dir: Path, what: str, public: bool) -> "Dataset | IterableDataset":
     from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -185,11 +241,15 @@ def _load(source: DataSource, data_dir: Path, what: str) -> "Dataset":
         return Dataset.from_list(list(CORPORA[source.installed]()))
     path = data_dir / str(source.dataset)
     if not path.exists():
-        return hub.load_hub_dataset(str(source.dataset), source.revision, source.split, what)
+        return hub.load_hub_dataset(
+            str(source.dataset), source.revision, source.split, what, streaming=source.streaming
+        )
     given: dict[str, Any] = {"path": str(path), "split": source.split}
     if path.is_file():
         given = {"path": _builder(path, what), "data_files": [str(path)], "split": "train"}
     try:
+        if public:
+            return load_dataset(**given)
         # Private rows may be among these: what `datasets` would leave in its cache is gone when this returns.
         with tempfile.TemporaryDirectory() as cache:
             return load_dataset(**given, cache_dir=cache, keep_in_memory=True)
@@ -245,13 +305,17 @@ def _as_text(value: Any) -> str:
         return ""
     if isinstance(value, list):
         return "\n".join(_as_turn(turn) for turn in value)
+    if not isinstance(value, str | int | float):
+        raise TypeError(
+            f"a template takes text, numbers or a list of turns, and this cell holds {type(value).__name__}"
+        )
     return str(value)
 
 
 def _as_turn(turn: Any) -> str:
     if isinstance(turn, dict):
-        turn = [turn.get("role", ""), turn.get("content", "")]
-    return ": ".join(map(str, turn)) if isinstance(turn, list) else str(turn)
+        turn = [turn.get("role", turn.get("from", "")), turn.get("content", turn.get("value", ""))]
+    return ": ".join(map(str, turn)) if isinstance(turn, list) else _as_text(turn)
 
 
 def _chunks(text: str, size: int | None) -> list[str]:

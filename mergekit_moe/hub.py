@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mergekit_moe.errors import DataError, ExpertError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
 """Weights as safetensors, configuration and tokenizer; never pickles, never code."""
@@ -64,8 +64,10 @@ def resolve_dataset(source: str, revision: str | None, what: str) -> str:
     return f"{source}@{_commit(dataset_info, source, revision, what, DataError)}"
 
 
-def load_hub_dataset(source: str, revision: str | None, split: str, what: str) -> "Dataset":
-    """Return one split of a Hub data set at its pinned commit.
+def load_hub_dataset(
+    source: str, revision: str | None, split: str, what: str, *, streaming: bool = False
+) -> "Dataset | IterableDataset":
+    """Return one split of a Hub data set at its pinned commit; streamed, its rows come as they are read.
 
     Raises:
         DataError: if it is not to be had, or has no such split.
@@ -75,7 +77,7 @@ def load_hub_dataset(source: str, revision: str | None, split: str, what: str) -
 
     sha = resolve_dataset(source, revision, what).rpartition("@")[2]
     try:
-        return load_dataset(source, revision=sha, split=split)
+        return load_dataset(source, revision=sha, split=split, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
         raise DataError(f"{what}: {source}@{sha[:7]} can't be read: {' '.join(str(error).split())}") from None
 

@@ -74,7 +74,8 @@ class Job:
 
     @functools.cached_property
     def pool(self) -> "Dataset":
-        return data.load_rows(self.recipe.pool_sources, self.data_dir, POOL)
+        tell = self.workspace.report
+        return data.load_rows(self.recipe.pool_sources, self.data_dir, POOL, public=True, tell=tell)
 
     @functools.cached_property
     def pool_fingerprint(self) -> str:
@@ -93,7 +94,8 @@ class Job:
         held_out = data.load_rows([test], self.data_dir, f"{what}, test") if test is not None else None
         if client is None:
             return None, held_out
-        private = data.load_rows([client.private], self.data_dir, f"{what}, private")
+        tell = self.workspace.report
+        private = data.load_rows([client.private], self.data_dir, f"{what}, private", tell=tell)
         return (private, held_out) if held_out is not None else data.split_held_out(private)
 
     def private_rows(self, expert: ExpertSource) -> "Dataset":

@@ -61,6 +61,8 @@ class DataSource(Spec):
     """Column with a row's true domain, where one is known: only ever used to judge the selector."""
     limit: int | None = Field(None, ge=1)
     """Keep the first so many rows (after `where`)."""
+    streaming: bool = False
+    """Read a Hub data set row by row until `limit`, rather than download all of it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -70,6 +72,8 @@ class DataSource(Spec):
             raise ValueError("give 'text', or 'prompt' and 'completion', as templates such as '{text}'")
         if self.text is not None and (self.prompt is not None or self.completion is not None):
             raise ValueError("give either 'text' or 'prompt' and 'completion', not both")
+        if self.streaming and self.limit is None:
+            raise ValueError("'streaming' needs a 'limit', the number of rows to read")
         if self.chunk is not None and self.text is None:
             raise ValueError("'chunk' splits plain text only; drop it, or use 'text'")
         for template in (self.text, self.prompt, self.completion):

@@ -24,6 +24,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(body=True)
 
+    def do_POST(self) -> None:
+        """Tell which of the asked paths there are."""
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+        parts = unquote(urlsplit(self.path).path).split("/")
+        assert parts[5] == "paths-info"
+        folder = self.repositories["/".join(parts[3:5])]
+        self._send(200, json.dumps([_entry(folder / p) for p in asked if (folder / p).is_file()]).encode(), True, {})
+
     def log_message(self, *args: object) -> None:
         """Keep quiet."""
 
@@ -34,8 +42,11 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "api":
             self._api(rest, body)
             return
-        name = "/".join(path.split("/")[1:3])
+        name = "/".join(path.removeprefix("/datasets").split("/")[1:3])
         revision, _, file = path.split("/resolve/")[1].partition("/")
+        if not (self.repositories[name] / file).is_file():
+            self._send(404, b"", body, {"X-Error-Code": "EntryNotFound"})
+            return
         content = (self.repositories[name] / file).read_bytes()
         assert revision == SHA, "every file is fetched at the pinned commit"
         etag = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -53,8 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         files = sorted(p for p in self.repositories[name].iterdir() if p.is_file())
         if what[:1] == ["tree"]:
-            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
-            self._send(200, json.dumps(tree).encode(), body, {})
+            self._send(200, json.dumps([_entry(file) for file in files]).encode(), body, {})
             return
         info = {"id": name, "sha": SHA, "siblings": [{"rfilename": f.name} for f in files]}
         self._send(200, json.dumps(info).encode(), body, {"X-Repo-Commit": SHA})
@@ -66,6 +76,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.wfile.write(content)
+
+
+def _entry(file: Path) -> dict[str, object]:
+    return {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40}
 
 
 @contextmanager

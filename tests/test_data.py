@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import write_jsonl
 
-from mergekit_moe.data import IGNORED, collate, fingerprint, load_rows, split_held_out, texts_of, tokenize
+from mergekit_moe.data import IGNORED, Texts, collate, fingerprint, load_rows, split_held_out, texts_of, tokenize
 from mergekit_moe.errors import DataError
 from mergekit_moe.installed_text import CORPORA
 from mergekit_moe.recipe import DataSource
@@ -156,3 +156,46 @@ def test_bad_data_is_named(tmp_path: Path, settings: dict[str, Any], message: st
     assert str(error.value).startswith("expert 'law', private: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_public_pool_lies_in_the_cache_and_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jsonl(tmp_path / "d.jsonl", ROWS)
+    wanted = source(text="{q} {a}")
+    rows = load_rows([wanted], tmp_path, "pool", public=True)
+    assert rows[:] == load_rows([wanted], tmp_path, "pool")[:]
+    assert rows.cache_files
+    monkeypatch.setattr("mergekit_moe.data._load", None)
+    assert load_rows([wanted], tmp_path, "pool", public=True)[:] == rows[:]
+    monkeypatch.undo()
+    assert load_rows([source(text="{a}")], tmp_path, "pool", public=True)["completion"][:] == ["four", "Paris"]
+
+
+def test_texts_are_read_when_asked_for(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "d.jsonl", ROWS)
+    rows = load_rows([source(prompt="{q} ", completion="{a}")], tmp_path, "pool")
+    texts = Texts(rows)
+    assert (len(texts), texts[1], texts[0:2]) == (2, "capital? Paris", texts_of(rows))
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_rows_without_text_are_left_out_and_told(tmp_path: Path, public: bool) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [{"text": "one"}, {"text": ""}, {"text": None}, {"text": " \n"}])
+    told: list[str] = []
+    rows = load_rows([source(text="{text}")], tmp_path, "public_pool", public=public, tell=told.append)
+    assert rows["completion"][:] == ["one"]
+    assert told == ["note: public_pool: 3 rows of d.jsonl have no text and are left out"]
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_columns_of_mixed_types_are_one_sentence(tmp_path: Path, public: bool) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [{"text": "one"}, {"text": {"a": 1}}])
+    with pytest.raises(DataError, match=r"pool: d.jsonl, row 1: a template takes text, .* holds dict"):
+        load_rows([source(text="{text}")], tmp_path, "pool", public=public)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_shared_chats_of_either_spelling(tmp_path: Path) -> None:
+    write_jsonl(
+        tmp_path / "d.jsonl", [{"turns": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}]
+    )
+    assert load_rows([source(text="{turns}")], tmp_path, "x")["completion"][0] == "human: hi\ngpt: hello"

@@ -83,3 +83,36 @@ def test_what_looks_like_a_path_is_never_looked_up(tmp_path: Path) -> None:
     for source in ("./law", "/nowhere/law", "a/b/c", "~/law"):
         with pytest.raises(ExpertError, match="is not a folder; give a model's folder or a Hub id"):
             resolve_model(source, None, tmp_path, "x")
+
+
+_READ = """
+import sys
+from pathlib import Path
+from mergekit_moe.data import load_rows
+from mergekit_moe.errors import MetaMoeError
+from mergekit_moe.recipe import DataSource
+source = DataSource(dataset=sys.argv[1], text="{text}", limit=2, streaming=sys.argv[2] == "streaming")
+try:
+    print(*load_rows([source], Path(sys.argv[3]), "public_pool", public=True)["completion"], sep="\\n")
+except MetaMoeError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("way", ["streaming", "whole"])
+def test_a_pool_is_read_from_a_hub_data_set_at_one_commit(tmp_path: Path, way: str) -> None:
+    (tmp_path / "mix").mkdir()
+    (tmp_path / "mix" / "train.jsonl").write_text("".join(f'{{"text": "text {i}"}}\n' for i in range(5)))
+    with loopback_hub({"org/mix": tmp_path / "mix"}) as (address, asked):
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        environment["HF_HOME"] = str(tmp_path / way)
+        runs = [
+            subprocess.run(
+                [sys.executable, "-c", _READ, name, way, str(tmp_path)], capture_output=True, text=True, env=environment
+            )
+            for name in ("org/mix", "org/none")
+        ]
+    assert runs[0].stdout.split("\n")[:2] == ["text 0", "text 1"], runs[0].stderr[-3000:]
+    assert f"/datasets/org/mix/resolve/{SHA}/train.jsonl" in asked
+    assert runs[1].returncode == 1
+    assert runs[1].stderr.startswith("public_pool: org/none is neither a folder here nor a repository on the Hub")
