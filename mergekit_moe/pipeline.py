@@ -55,7 +55,8 @@ def run(job: Job, only: str | None = None) -> None:
                 )
             continue
         if not current and not checked:
-            plan(job, merging=only is None or COMMANDS.index(only) >= COMMANDS.index("merge"))
+            merging = only is None or COMMANDS.index(only) >= COMMANDS.index("merge")
+            plan(job, merging=merging, base=only != "select" or bool(job.foreign))
             checked = True
         make = step.make if step.distributed or is_main_process() else _nothing
         job.workspace.build(step.folder, step.inputs, make, resumable=step.resumable)

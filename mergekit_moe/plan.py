@@ -11,12 +11,13 @@ from mergekit_moe.job import POOL, Job
 from mergekit_moe.recipe import ExpertSource, Seed
 
 
-def plan(job: Job, *, merging: bool = True) -> list[tuple[str, str]]:
+def plan(job: Job, *, merging: bool = True, base: bool = True) -> list[tuple[str, str]]:
     """Check all that files and headers can tell, without reading a weight; return what will be done.
 
     Args:
         job: the recipe at work.
         merging: False for a client's own commands, for which one expert is enough.
+        base: False for a selection, which needs no base model: none is looked for.
 
     Raises:
         MetaMoeError: with every problem found, one a line.
@@ -33,11 +34,12 @@ def plan(job: Job, *, merging: bool = True) -> list[tuple[str, str]]:
     if merging and len(job.recipe.experts) < 2:
         problems.append("experts: one expert can't be merged; give two or more, or run a client's commands alone")
     attempt(lambda: _plan_workspace(job))
-    attempt(lambda: _plan_base(job))
+    if base:
+        attempt(lambda: _plan_base(job))
     attempt(lambda: _plan_pool(job))
-    for target in job.recipe.export:
+    for target in job.recipe.export if base else ():
         attempt(functools.partial(_plan_export, job, target))
-    for expert in job.recipe.experts:
+    for expert in job.recipe.experts if base else job.clients:
         attempt(functools.partial(_plan_expert, job, expert))
     if problems:
         raise DataError("\n".join(problems))

@@ -196,6 +196,8 @@ class Selection(Spec):
     """Never pick pool rows this close to one of the sampled private texts, nor exact copies of any. Off by default:
     who can plant a text in the pool, and sees that of all texts like it this one is never picked, knows that it
     is private. Copies are scored as if they weren't private instead."""
+    draw_private: bool = False
+    """Draw held-out private texts on the map of pool and proxies, too. It stays in the client's workspace."""
     embedder: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Hub id, folder, or `package:NAME` for an installed package with a `get_model_path()`."""
     embedder_max_length: int | None = Field(None, ge=8)

@@ -103,7 +103,17 @@ def _write_selection(job: Job, client: ExpertSource, chosen: "ProxySelection", h
         job.workspace.report(f"warning: expert '{client.name}': {warning}")
     if held_out is not None:
         public = data.Texts(job.pool)
-        write_diagnostics(pool_vectors, chosen.rows, chosen.relevance, held_out, public, seed=seed, out=out)
+        write_diagnostics(
+            pool_vectors,
+            chosen.rows,
+            chosen.relevance,
+            held_out,
+            public,
+            gains_K=chosen.gains,
+            draw_private=settings.draw_private,
+            seed=seed,
+            out=out,
+        )
     _write_proxies(job, rows, out)
     write_json(out / SELECTION, report)
 

@@ -17,7 +17,7 @@ from mergekit_moe.workspace import write_json
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DIAGNOSTICS, CURVES, MAP = "diagnostics.json", "curves.png", "map.png"
+DIAGNOSTICS, CURVES, MAP, GAINS = "diagnostics.json", "curves.png", "map.png", "gains.png"
 _POINTS = 8
 """Sizes of choice at which the curves are measured, doubling up to the budget."""
 _MOST = 4_000
@@ -89,20 +89,26 @@ def write_diagnostics(
     held_out_MD: NDArray[np.float32],
     texts: Sequence[str],
     *,
+    gains_K: NDArray[np.float64] | None = None,
+    draw_private: bool = False,
     seed: int,
     out: Path,
 ) -> None:
-    """Write diagnostics.json, curves.png and map.png to the folder `out`.
+    """Write diagnostics.json, curves.png, map.png and, where the DPP picked, gains.png to the folder `out`.
 
     Args:
         texts: the pool's, N; the most and the least typical proxies are quoted.
+        gains_K: log gains of the picks.
+        draw_private: True to show the held-out private texts on the map.
     """
     numbers = diagnose(pool_ND, picked_K, relevance_N, held_out_MD, seed=seed)
     for which in ("most_typical", "least_typical"):
         numbers[which] = [{"row": row, "text": texts[row][:200]} for row in numbers[which]]
     write_json(out / DIAGNOSTICS, numbers)
     _draw_curves(numbers["curves"], out / CURVES)
-    _draw_map(pool_ND, picked_K, seed, out / MAP)
+    _draw_map(pool_ND, picked_K, held_out_MD if draw_private else held_out_MD[:0], seed, out / MAP)
+    if gains_K is not None:
+        _draw_gains(gains_K, pool_ND.shape[1], out / GAINS)
 
 
 def _quantiles(values: NDArray[np.float64], at: tuple[float, ...]) -> dict[str, float]:
@@ -127,8 +133,29 @@ def _draw_curves(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     _save(figure, path)
 
 
-def _draw_map(pool_ND: NDArray[np.float32], picked_K: NDArray[np.int64], seed: int, path: Path) -> None:
-    """Draw pool and proxies on the pool's first two principal axes; private texts are never drawn."""
+def _draw_gains(gains_K: NDArray[np.float64], size: int, path: Path) -> None:
+    """Draw each pick's log gain; past the embeddings' rank nothing but the nugget tells rows apart."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes: Axes = figure.subplots()
+    axes.plot(np.arange(1, len(gains_K) + 1), gains_K)
+    if len(gains_K) > size:
+        axes.axvline(size, color="lightgrey", label=f"rank of the embeddings: at most {size}")
+        axes.legend()
+    axes.set_xlabel("pick")
+    axes.set_ylabel("log gain")
+    _save(figure, path)
+
+
+def _draw_map(
+    pool_ND: NDArray[np.float32],
+    picked_K: NDArray[np.int64],
+    private_MD: NDArray[np.float32],
+    seed: int,
+    path: Path,
+) -> None:
+    """Draw pool, proxies and what is given of private texts on the pool's first two principal axes."""
     from matplotlib.figure import Figure
     from sklearn.decomposition import PCA
 
@@ -136,8 +163,11 @@ def _draw_map(pool_ND: NDArray[np.float32], picked_K: NDArray[np.int64], seed: i
     axes_2D = PCA(2, svd_solver="full").fit(pool_ND[some])
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes: Axes = figure.subplots()
-    for rows, size, colour, label in ((some, 3, "lightgrey", "pool"), (picked_K, 6, "tab:blue", "proxies")):
-        x, y = axes_2D.transform(pool_ND[rows]).T
+    layers = [(pool_ND[some], 3, "lightgrey", "pool"), (pool_ND[picked_K], 6, "tab:blue", "proxies")]
+    if len(private_MD):
+        layers.append((private_MD, 6, "tab:orange", "client, held out"))
+    for points, size, colour, label in layers:
+        x, y = axes_2D.transform(points).T
         axes.scatter(x, y, s=size, color=colour, label=label)
     axes.set_xticks([])
     axes.set_yticks([])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mergekit_moe.errors import SelectionError
 from mergekit_moe.recipe import Selection
 from mergekit_moe.selection import strategies
-from mergekit_moe.selection.dpp import greedy_map, select_dpp
+from mergekit_moe.selection.dpp import Picks, certificate_size, greedy_map, select_dpp
 from mergekit_moe.selection.processes import ALONE, Processes
 from mergekit_moe.selection.quality import coverage, squared_mmd
 from mergekit_moe.selection.relevance import RELEVANCE, Relevance
@@ -32,6 +32,8 @@ class ProxySelection(NamedTuple):
     """(N,) scores of all pool rows."""
     report: dict[str, Any]
     """What the client should see: separation, near-duplicates dropped, warnings."""
+    gains: NDArray[np.float64] | None = None
+    """(K,) log gains of the picks, where the DPP made them."""
 
 
 def _dpp(pool_ND: NDArray[Any], relevance_N: NDArray[Any], settings: Selection, seed: int) -> NDArray[np.int64]:
@@ -115,7 +117,7 @@ def select_proxies(
         sweep = _judge(trials, pool_ND, scores_N, private_MD[judges], allowed_N, seed, processes)
         settings = settings.model_copy(update={key: sweep[0][key] for key in ("method", "alpha")})
     relevance = score(private_MD)
-    rows, candidates = _pick(pool_ND, relevance.scores, allowed_N, settings, seed, processes)
+    rows, candidates, gains = _pick(pool_ND, relevance.scores, allowed_N, settings, seed, processes)
     report: dict[str, Any] = {
         "separation_auc": round(relevance.separation, 4),
         "repeated_texts_dropped": int(np.count_nonzero(repeated_N)),
@@ -135,7 +137,9 @@ def select_proxies(
             f"{settings.relevance} can hardly tell this client's texts from the pool (AUC {relevance.separation:.2f}); "
             "its proxies are little better than random ones"
         )
-    return ProxySelection(rows, relevance.scores, report)
+    if gains is not None:
+        report["certificate"] = _certificate(relevance.scores, rows, gains, settings)
+    return ProxySelection(rows, relevance.scores, report, gains)
 
 
 def pick_by_relevance(
@@ -164,13 +168,13 @@ def pick_by_relevance(
             f"expert '{name}': selection.budget is {settings.budget} but the pool has only "
             f"{min(left, settings.candidates or left)} rows to pick from; lower it"
         )
-    rows, candidates = _pick(pool_ND, relevance.scores, ~repeated_N, settings, seed, processes)
+    rows, candidates, gains = _pick(pool_ND, relevance.scores, ~repeated_N, settings, seed, processes)
     report = {
         "read_better_than_by_the_base": round(relevance.separation, 4),
         "repeated_texts_dropped": int(np.count_nonzero(repeated_N)),
         "candidates": candidates,
     }
-    return ProxySelection(rows, relevance.scores, report)
+    return ProxySelection(rows, relevance.scores, report, gains)
 
 
 def _pick(
@@ -180,8 +184,8 @@ def _pick(
     settings: Selection,
     seed: int,
     processes: Processes,
-) -> tuple[NDArray[np.int64], int]:
-    """Return the (K,) picked rows and how many candidates there were: the pool, or its most relevant rows."""
+) -> tuple[NDArray[np.int64], int, NDArray[np.float64] | None]:
+    """Return the (K,) picked rows, how many candidates there were, and the DPP's (K,) log gains."""
     if settings.candidates is not None:
         candidates = np.flatnonzero(allowed_N)
         order = np.argsort(-scores_N[candidates], kind="stable")[: settings.candidates]
@@ -200,12 +204,19 @@ def _pick(
             allowed=allowed_N[share],
             processes=processes,
         )
-        return picks.rows, count
+        return picks.rows, count, picks.gains
     candidates = np.flatnonzero(allowed_N)
     picked = None
     if processes.rank == 0:
         picked = candidates[SELECTORS[settings.method](pool_ND[candidates], scores_N[candidates], settings, seed)]
-    return processes.from_first(picked), count
+    return processes.from_first(picked), count, None
+
+
+def _certificate(
+    scores_N: NDArray[np.float64], rows: NDArray[np.int64], gains: NDArray[np.float64], settings: Selection
+) -> int:
+    assert settings.alpha != "auto"
+    return certificate_size(scores_N, Picks(rows, gains), alpha=settings.alpha, epsilon=settings.epsilon)
 
 
 def _trials(settings: Selection) -> list[Selection]:

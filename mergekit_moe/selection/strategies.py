@@ -9,7 +9,7 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_moe.selection.dpp import check_candidates
+from mergekit_moe.selection.gains import check_candidates
 
 _TARGETS = 2048
 """How many of the most relevant rows facility location covers: the cost of a gain grows with them."""

@@ -8,7 +8,15 @@ import pytest
 from test_proxies import POOL, PRIVATE, around
 
 from mergekit_moe.recipe import Selection
-from mergekit_moe.selection.diagnostics import CURVES, DIAGNOSTICS, MAP, diagnose, vendi_score, write_diagnostics
+from mergekit_moe.selection.diagnostics import (
+    CURVES,
+    DIAGNOSTICS,
+    GAINS,
+    MAP,
+    diagnose,
+    vendi_score,
+    write_diagnostics,
+)
 from mergekit_moe.selection.proxies import select_proxies
 from mergekit_moe.selection.quality import coverage, squared_mmd
 
@@ -47,3 +55,18 @@ def test_files_are_the_same_bytes_each_time(tmp_path: Path) -> None:
     typical = json.loads((tmp_path / "one" / DIAGNOSTICS).read_text())["most_typical"][0]
     assert typical["text"] == texts[typical["row"]]
     assert chosen.relevance[typical["row"]] == chosen.relevance[chosen.rows].max()
+
+
+def test_private_texts_are_drawn_only_when_asked(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(60, 8)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    picked, relevance, texts = np.arange(12), rng.uniform(0.1, 1, 60), [f"text {i}" for i in range(60)]
+    pictures = []
+    for name, held_out, drawn in (("a", rows[40:50], False), ("b", rows[50:], False), ("c", rows[50:], True)):
+        (tmp_path / name).mkdir()
+        out = {"seed": 0, "out": tmp_path / name, "draw_private": drawn, "gains_K": -np.arange(12.0)}
+        write_diagnostics(rows, picked, relevance, held_out, texts, **out)
+        pictures.append((tmp_path / name / MAP).read_bytes())
+        assert (tmp_path / name / GAINS).is_file()
+    assert pictures[0] == pictures[1] != pictures[2]

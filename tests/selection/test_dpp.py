@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from scipy.linalg import qr
 
 from mergekit_moe.errors import SelectionError
-from mergekit_moe.selection import dpp, select_dpp
+from mergekit_moe.selection import device_gains, dpp, gains, select_dpp
 from mergekit_moe.selection.dpp import certificate_size, greedy_map
 
 
@@ -63,7 +64,7 @@ def test_greedy_equals_brute_force_on_fresh_random_kernels(epsilon: float) -> No
 @pytest.mark.parametrize("fresh", [16, 1024])
 def test_lazy_equals_dense_on_fresh_random_problems(fresh: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any budget to N, past the rank too, clustered rows, flat and steep relevance, rows stored as float32."""
-    monkeypatch.setattr(dpp, "_FRESH", fresh)
+    monkeypatch.setattr(gains, "_FRESH", fresh)
     for seed in (random_seed() for _ in range(100)):
         rng = np.random.default_rng(seed)
         n, d = int(2 ** rng.uniform(2, 11)), int(rng.integers(2, 65))
@@ -89,8 +90,8 @@ def test_a_memory_map_is_never_copied_whole(tmp_path: object, monkeypatch: pytes
     rng = np.random.default_rng(random_seed())
     features, relevance = unit_rows(rng, 500, 12).astype(np.float16), rng.uniform(0.1, 1, 500)
     np.save(f"{tmp_path}/rows.npy", features)
-    monkeypatch.setattr(dpp, "_BLOCK", 64)
-    monkeypatch.setattr(dpp, "_FRESH", 32)
+    monkeypatch.setattr(gains, "_BLOCK", 64)
+    monkeypatch.setattr(gains, "_FRESH", 32)
     stored = np.load(f"{tmp_path}/rows.npy", mmap_mode="r")
     assert select_dpp(stored, relevance, 200).tolist() == select_dpp(features, relevance, 200).tolist()
 
@@ -168,3 +169,24 @@ def test_bad_input_is_named(change: dict[str, float], message: str) -> None:
     with pytest.raises(SelectionError) as error:
         select_dpp(features, relevance, int(change.get("budget", 3)))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+def test_an_accelerators_tensor_gives_the_same_picks(epsilon: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code for accelerators, run on the CPU: any budget, past the rank, rows that may not be picked."""
+    monkeypatch.setattr(device_gains, "_BLOCK", 50)
+    for _ in range(10):
+        rng = np.random.default_rng(random_seed())
+        n, size = int(rng.integers(5, 300)), int(rng.integers(2, 30))
+        features, relevance = unit_rows(rng, n, size), rng.uniform(0.01, 1, n)
+        allowed = rng.uniform(size=n) < 0.9
+        budget = int(rng.integers(1, allowed.sum() + 1))
+        settings = {"alpha": 2.0, "epsilon": epsilon, "allowed": allowed}
+        here = greedy_map(features, relevance, budget, **settings)
+        with monkeypatch.context() as patch:
+            patch.setattr(dpp, "is_on_device", lambda embeddings: True)
+            there = greedy_map(torch.from_numpy(features), relevance, budget, **settings)
+            with pytest.raises(SelectionError, match="1 of"):
+                greedy_map(torch.from_numpy(features * np.append(np.ones(n - 1), np.nan)[:, None]), relevance, 1)
+        assert here.rows.tolist() == there.rows.tolist()
+        assert np.allclose(here.gains, there.gains)
