@@ -20,25 +20,7 @@ from mergekit_moe.selection import store
 from mergekit_moe.selection.embedding import choose_backend, embed, load_embedder, resolve_embedder
 from mergekit_moe.selection.proxies import select_proxies
 
-WORDS = (
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "was",
-    "for",
-    "on",
-    "that",
-    "with",
-    "as",
-    "it",
-    "by",
-    "at",
-    "from",
-    "his",
-)
+WORDS = ("the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "with", "as", "it", "by", "at", "from")
 
 
 def texts(number: int, words: int) -> list[str]:
