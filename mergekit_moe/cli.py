@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mergekit_moe import __version__
 from mergekit_moe.errors import MetaMoeError
+from mergekit_moe.workspace import leave_processes
 
 if TYPE_CHECKING:
     from mergekit_moe.pipeline import Job
@@ -147,6 +148,8 @@ def main() -> None:
         for line in str(error).splitlines():
             errors.print(f"[bold red]error:[/] {_escaped(line)}", soft_wrap=True, highlight=False)
         sys.exit(2)
+    finally:
+        leave_processes()
 
 
 def _escaped(text: str) -> str:

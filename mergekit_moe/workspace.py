@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +29,13 @@ def wait_for_everyone() -> None:
     """Let every process of `accelerate launch` arrive here before any goes on."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         process_state().wait_for_everyone()
+
+
+def leave_processes() -> None:
+    """Close the connections to the other processes: left to the interpreter's end, they abort it now and then."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def process_state() -> Any:

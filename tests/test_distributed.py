@@ -1,7 +1,6 @@
-"""The same stages on two processes, as `accelerate launch` starts them where there are two devices.
+"""The same stages on two processes that `accelerate launch` starts.
 
-On a machine without any, `accelerate launch` starts one process only, so torchrun stands in for it here:
-the environment that both give their processes is the same.
+`--multi_gpu` has it start as many as asked for, on a machine without any device, too; with `--cpu` it starts one.
 """
 
 import json
@@ -15,17 +14,18 @@ import pytest
 from safetensors.torch import load_file
 from test_pipeline import metamoe, tiny_recipe
 
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+
 _WORKER = """
-import pathlib, sys
+import os, pathlib, sys
 from mergekit_moe.cli import main
-from mergekit_moe.workspace import process_state
 seen = pathlib.Path(sys.argv.pop())
 try:
     main()
 except SystemExit as leaving:
     assert not leaving.code, leaving.code
-state = process_state()
-(seen / f"{state.process_index}-of-{state.num_processes}").touch()
+(seen / f"{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}").touch()
 """
 
 
@@ -34,8 +34,7 @@ def two_processes(folder: Path, *arguments: object) -> None:
     shutil.rmtree(folder / "seen", ignore_errors=True)
     (folder / "seen").mkdir()
     (folder / "worker.py").write_text(_WORKER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(folder / "worker.py"), *map(str, arguments), str(folder / "seen")]
+    command = [*LAUNCH, str(folder / "worker.py"), *map(str, arguments), str(folder / "seen")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {path.name for path in (folder / "seen").iterdir()} == {"0-of-2", "1-of-2"}
@@ -109,6 +108,7 @@ _PICKER = """
 import sys, numpy as np
 from mergekit_moe.selection.dpp import greedy_map
 from mergekit_moe.selection.processes import Processes
+from mergekit_moe.workspace import leave_processes
 processes = Processes.of_launch()
 assert processes.world_size == 2
 for seed in range(int(sys.argv[1]), int(sys.argv[1]) + 12):
@@ -124,12 +124,12 @@ for seed in range(int(sys.argv[1]), int(sys.argv[1]) + 12):
     whole = greedy_map(rows, relevance, budget, allowed=allowed, **settings)
     assert split.rows.tolist() == whole.rows.tolist(), (seed, n, size, budget, settings)
     assert allowed[split.rows].all() and np.allclose(split.gains, whole.gains)
+leave_processes()
 """
 
 
 def test_two_processes_pick_what_one_picks_on_fresh_random_problems(tmp_path: Path) -> None:
     (tmp_path / "picker.py").write_text(_PICKER)
     seed = int.from_bytes(os.urandom(3))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, str(tmp_path / "picker.py"), str(seed)], capture_output=True, text=True)
+    done = subprocess.run([*LAUNCH, str(tmp_path / "picker.py"), str(seed)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
