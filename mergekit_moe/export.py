@@ -102,6 +102,8 @@ def trained_gates(source: Source) -> Tensor:
     why = None
     if config.router_context != "none":
         why = "its routers use context"
+    elif config.router_absolute_scores:
+        why = "its routers take absolute scores"
     elif config.router_input_norm and config.num_experts_per_tok > 1:
         # At top-1 a token's length changes no choice and its expert's weight is 1.
         why = "its routers normalise their input, which changes the weights of more than one expert"

@@ -44,6 +44,12 @@ _UNNORMALISED = ("Olmo2",)
 """Families that normalise after their FFN: what goes into it, and so into the router, has any length."""
 
 
+def expert_rank(expert: dict[str, Any], projection: str, layer: int) -> int:
+    """Return the rank of an expert's difference in one projection of one layer; 0 where it has none."""
+    rank = expert.get("ranks", {}).get(projection, 0)
+    return int(rank[layer] if isinstance(rank, list | tuple) else rank)
+
+
 class MetaMoeConfigMixin:
     """What every MetaMoE configuration adds to its family's native one: derived values and checks."""
 
@@ -81,9 +87,9 @@ def config_class(family: str) -> type:
     """Return `MetaMoe<family>Config`, a subclass of the family's native configuration.
 
     Fields added to the native ones:
-        experts: one dict an expert: `name`, `scale` (float) and `ranks` (projection name -> LoRA rank).
-            An expert without ranks is the seed's own FFN: an anchor. One with `kind` `dense` is a whole FFN
-            of its own, and has neither.
+        experts: one dict an expert: `name`, `scale` (float) and `ranks` (projection name -> LoRA rank, or a list
+            with one for every layer). An expert without ranks is the seed's own FFN: an anchor. One with `kind`
+            `dense` is a whole FFN of its own, and has neither.
         num_experts_per_tok: top-k of the router.
         norm_topk_prob: divide the chosen experts' weights by their sum. At top-1 the weight's value is
             then exactly 1 and its gradient is the straight-through one (p / stop_gradient(p)).
@@ -92,6 +98,7 @@ def config_class(family: str) -> type:
             with their mean over the prompt, frozen for the completion (decoders), `mean` with their mean
             over the whole text or image (encoders); `none` does not mix.
         router_input_norm: scale the router's input to root mean square 1.
+        router_absolute_scores: route by the scores' absolute values, for rows whose sign means nothing (Arrow).
         router_excluded_token_ids: tokens (BOS) that no domain owns: they go to the seed's FFN and
             count in no mean.
         output_router_logits: return the routers' logits, and add the losses below to the model's.
@@ -107,6 +114,7 @@ def config_class(family: str) -> type:
             "norm_topk_prob": True,
             "router_context": "mean" if family in ENCODERS else "prefix",
             "router_input_norm": family in _UNNORMALISED,
+            "router_absolute_scores": False,
             "router_excluded_token_ids": (),
             "output_router_logits": False,
             "router_aux_loss_coef": 0.0,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .configuration_metamoe import expert_rank
 from .dense_metamoe import dense_experts_class
 from .routing_metamoe import ContextRouter, Routing, expert_weights, routed_cache_layer
 
@@ -102,8 +103,8 @@ def grouped_by_expert(expert_of_pair: Tensor, num_experts: int) -> Groups:
 class FactoredExperts(nn.ModuleDict):
     """K low-rank experts around one shared FFN: projection name (dots as underscores) -> its `LowRank`."""
 
-    def __init__(self, config: Any, sizes: dict[str, tuple[int, int]]) -> None:
-        ranks = {name: [int(expert.get("ranks", {}).get(name, 0)) for expert in config.experts] for name in sizes}
+    def __init__(self, config: Any, layer_idx: int, sizes: dict[str, tuple[int, int]]) -> None:
+        ranks = {name: [expert_rank(expert, name, layer_idx) for expert in config.experts] for name in sizes}
         super().__init__({n.replace(".", "_"): LowRank(*sizes[n], ranks[n]) for n in sizes if any(ranks[n])})
         self.scales = [float(expert.get("scale", 1.0)) for expert in config.experts]
         added = sum(sum(ranks[name]) * sum(size) for name, size in sizes.items())
@@ -183,8 +184,10 @@ class MoeBlock(nn.Module):
         self.num_experts = len(config.experts)
         self.renormalise = config.norm_topk_prob
         self.input_norm = config.router_input_norm
-        self.router = ContextRouter(hidden_size, len(config.experts), config.router_context)
-        self.experts = FactoredExperts(config, sizes)
+        self.router = ContextRouter(
+            hidden_size, len(config.experts), config.router_context, config.router_absolute_scores
+        )
+        self.experts = FactoredExperts(config, layer_idx, sizes)
         self.dense_numbers = config.dense_experts
         self.shares_ffn = config.shares_ffn
         self.call: BlockCall | None = None

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from .experts_metamoe import FeedForward
@@ -42,10 +45,10 @@ class OnePerExpert(ConversionOps):
         ((pattern, given),) = input_dict.items()
         matrix = given[0] if isinstance(given, list) else given
         projection = pattern.split(".")[1]
+        block = full_layer_name.partition(".experts.*.")[0]
         found = {}
         first = 0
-        for number, expert in enumerate(model.config.experts):
-            rank = {name.replace(".", "_"): rank for name, rank in expert.get("ranks", {}).items()}.get(projection, 0)
+        for number, rank in enumerate(model.get_submodule(block).experts[projection].ranks):
             if rank:
                 part = matrix[first : first + rank]
                 # Whole names: the library would work out a prefix only if expert 0 were among them.
@@ -119,3 +122,13 @@ def register_disk_layout(model_type: str, form: FeedForward, biased: bool) -> No
             sources = [f"experts.*.{name}.{kind}" for name in names]
             converters.append(WeightConverter(sources, f"experts.dense.{target}{suffix}", [Stack()]))
     register_checkpoint_conversion_mapping(model_type, converters, overwrite=True)
+
+
+def register_head_names(model: Any) -> None:
+    """Have a model with a head read its base's checkpoints as the native class does, where that renames tensors."""
+    for native in type(model).__mro__[1:]:
+        renamings = get_checkpoint_conversion_mapping(native.__name__)
+        if renamings is not None:
+            converters = get_checkpoint_conversion_mapping(model.config.model_type)
+            register_checkpoint_conversion_mapping(type(model).__name__, [*renamings, *converters], overwrite=True)
+            return

@@ -23,7 +23,7 @@ from .configuration_metamoe import config_class
 from .dense_metamoe import DenseExperts
 from .experts_metamoe import LowRank, form_of
 from .layers_metamoe import NORM_AFTER_FFN, MoeFeedForward, MoeLayer, MoePostNormLayer, NormAfterExperts, swapped
-from .loading_metamoe import register_disk_layout
+from .loading_metamoe import register_disk_layout, register_head_names
 from .routing_metamoe import (
     ContextRouter,
     Routing,
@@ -252,6 +252,7 @@ class MetaMoeHeadMixin(MetaMoeMixin):
             body.install_experts()
             body._use_experts(requested)
             body.post_init()
+        register_head_names(self)
         self._use_experts(requested)
         self.post_init()
 

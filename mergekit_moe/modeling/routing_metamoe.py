@@ -229,8 +229,9 @@ class ContextRouter(nn.Module):
     generation has to carry is K sums and a count. Always float32: in bfloat16 near-ties flip.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, context: str) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, context: str, absolute: bool = False) -> None:
         super().__init__()
+        self.absolute = absolute
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32))
         self.context = context
@@ -246,6 +247,8 @@ class ContextRouter(nn.Module):
     def blend(self, hidden: Tensor, routing: Routing, cache_layer: Any) -> Tensor:
         """Mix each token's scores with the mean over its context."""
         scores = F.linear(hidden.float(), self.weight.float(), self.bias.float())
+        if self.absolute:
+            scores = scores.abs()
         if self.context_logit is None:
             return scores
         past = None if cache_layer is None else cache_layer.last_router_sums()

@@ -51,8 +51,10 @@ def plain_gates(model: "PreTrainedModel", proxies: "Dataset", shrinkage: float =
         if isinstance(block, MoeBlock) and hasattr(block, "input_norm"):
             block.input_norm = block.input_norm and block.top_k == 1
     statistics = gather_statistics(model, proxies, context_weight=0.0, batch_size=_BATCH)
-    again = model.config.router_context != "none" or (
-        model.config.router_input_norm and model.config.num_experts_per_tok > 1
+    again = (
+        model.config.router_context != "none"
+        or model.config.router_absolute_scores
+        or (model.config.router_input_norm and model.config.num_experts_per_tok > 1)
     )
     if again:
         weights, biases = start.lda(statistics, shrinkage)
@@ -66,6 +68,7 @@ def plain_gates(model: "PreTrainedModel", proxies: "Dataset", shrinkage: float =
             router.weight.copy_(fold_bias(weights[layer], biases[layer], mean, second))
             router.bias.zero_()
             router.context_logit = None
+            router.absolute = False
         if again:
             for router, scale in zip(routers, best_scales(model, proxies), strict=True):
                 router.weight.mul_(scale)

@@ -39,6 +39,8 @@ def check_pinned(family: str, folder: Path, ranks: tuple[int | None, ...], dense
                     if key in disk:
                         assert disk[key].ndim == (2 if kind == "weight" else 1)
                         state[f"{block}.{name}.{kind}"] = disk[key]
+        if "embed_out.weight" in state:  # the library's own name on disk for what it calls lm_head in memory
+            state["lm_head.weight"] = state.pop("embed_out.weight")
         if getattr(native.config, "tie_word_embeddings", False):
             state = {**{k: v for k, v in native.state_dict().items() if "lm_head" in k or "embed_out" in k}, **state}
             native.load_state_dict(state)
