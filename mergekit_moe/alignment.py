@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG
 from mergekit_moe.architectures import architecture_of
 from mergekit_moe.checkpoint import read_config
 from mergekit_moe.data import leading_tokens, tokenize
 from mergekit_moe.errors import DataError
-from mergekit_moe.experts import ADAPTER, ADAPTER_CONFIG
 from mergekit_moe.recipe import Alignment
 from mergekit_moe.training import train
 from mergekit_moe.workspace import is_main_process, write_json

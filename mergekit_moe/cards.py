@@ -23,19 +23,6 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def license_of(folder: Path) -> str:
-    """Return the licence that a model folder's card states, or 'unknown'."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    if not text.startswith("---\n"):
-        return "unknown"
-    try:
-        metadata = yaml.safe_load(text.split("---\n", 2)[1])
-    except yaml.YAMLError:
-        return "unknown"
-    return str(metadata.get("license") or "unknown") if isinstance(metadata, dict) else "unknown"
-
-
 def common_license(given: str | None, inputs: dict[str, str]) -> tuple[str, str]:
     """Return (licence, note): the inputs' own where all agree, the recipe's where given, else `other`."""
     if given is not None:
@@ -55,8 +42,8 @@ def public_recipe(recipe: Recipe) -> str:
     ]
     if isinstance(values["base_model"], str):
         values["base_model"] = _placeless(values["base_model"])
-    pools = values["public_pool"] if isinstance(values["public_pool"], list) else [values["public_pool"]]
-    for pool in pools:
+    pools = values.get("public_pool", [])
+    for pool in pools if isinstance(pools, list) else [pools]:
         pool.update({"dataset": _placeless(pool["dataset"])} if "dataset" in pool else {})
     if "embedder" in values.get("selection", {}):
         values["selection"]["embedder"] = _placeless(values["selection"]["embedder"])

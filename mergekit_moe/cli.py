@@ -136,6 +136,90 @@ def export(
     console.print(f"model: {out}", highlight=False)
 
 
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A unified model's folder.")]
+OutPath = Annotated[Path, typer.Option("--out", help="The folder to make.")]
+ProxiesPath = Annotated[
+    Path | None, typer.Option("--proxies", help="Rows with `text` and `expert` (a name), to fit the routers on anew.")
+]
+
+
+@app.command(name="add-expert")
+def add_expert(
+    model: ModelPath,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="The expert's folder or Hub id.")],
+    name: Annotated[str, typer.Option("--name", help="The expert's name in the model.")],
+    out: OutPath,
+    proxies: ProxiesPath = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Of a Hub repository.")] = None,
+    same_base: Annotated[
+        bool, typer.Option("--same-base", help="The base that the expert names is the model's, by another name.")
+    ] = False,
+) -> None:
+    """Write a unified model with one more expert; the others stay as they are."""
+    from mergekit_moe.members import add_expert
+
+    settings = {"name": name, "revision": revision, "same_base": same_base, "proxies": proxies}
+    add_expert(model, source, out, **settings, tell=_tell)  # type: ignore[arg-type]
+    console.print(f"model: {out}", highlight=False)
+
+
+@app.command(name="drop-expert")
+def drop_expert(
+    model: ModelPath,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The expert's name in the model.")],
+    out: OutPath,
+    proxies: ProxiesPath = None,
+) -> None:
+    """Write a unified model without one of its experts, as if that had never been merged."""
+    from mergekit_moe.members import drop_expert
+
+    drop_expert(model, name, out, proxies=proxies, tell=_tell)
+    console.print(f"model: {out}", highlight=False)
+
+
+@app.command()
+def inspect(
+    model: ModelPath, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False
+) -> None:
+    """Show what is inside a unified model: experts, ranks, router norms, sources, licences."""
+    import json
+
+    from mergekit_moe.members import inspect_model
+
+    found = inspect_model(model)
+    if as_json:
+        console.print_json(json.dumps(found))
+        return
+    base = found["base_model"]
+    at = f" at {base['revision'][:7]}" if base["revision"] else ""
+    router = found["router"]
+    console.print(
+        f"{found['model_type']}, base {base['source']}{at}, {found['bytes'] / 1e6:,.1f} MB; top-{found['top_k']}, "
+        f"router {router['start']}, context {router['context']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for title in ("expert", "source", "licence", "kept as", "ranks", "MB", "router norm"):
+        table.add_column(title, justify="right" if title in ("MB", "router norm") else "left")
+    for expert in found["experts"]:
+        at = f"@{expert['revision'][:7]}" if expert["revision"] else ""
+        cells = [expert["name"], f"{expert['source']}{at}", expert["license"] or "unknown", expert["kept"]]
+        ranks = expert["ranks"] or {}
+        cells.append(", ".join(f"{name} {_spread(rank)}" for name, rank in ranks.items()) or "-")
+        table.add_row(*map(_escaped, cells), f"{expert['bytes'] / 1e6:,.1f}", f"{expert['router_norm']:.3g}")
+    console.print(table)
+
+
+def _spread(rank: int | list[int]) -> str:
+    """Return a rank, or the least and the largest of the layers'."""
+    return str(rank) if isinstance(rank, int) else f"{min(rank)}-{max(rank)}"
+
+
+def _tell(line: str) -> None:
+    console.print(_escaped(line), highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Run the command line; a user's error is one sentence on stderr and exit code 2."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -160,28 +244,35 @@ def _escaped(text: str) -> str:
 
 def _job(recipe: Path, workspace: Path | None, data_dir: Path | None) -> "Job":
     from mergekit_moe.pipeline import Job
-    from mergekit_moe.recipe import load_recipe
+    from mergekit_moe.recipe_file import load_recipe
     from mergekit_moe.workspace import Workspace, is_main_process
 
     def report(line: str) -> None:
         if is_main_process():
-            console.print(_escaped(line), style="bold" if line.endswith("building") else "", highlight=False)
+            style = "bold" if line.endswith("building") else ""
+            console.print(_escaped(line), style=style, highlight=False, soft_wrap=True)
 
     loaded = load_recipe(recipe, data_dir)
     return Job(loaded, recipe.stem, Workspace(workspace or Path("runs") / recipe.stem, report))
 
 
 def _run(recipe: Path, workspace: Path | None, data_dir: Path | None, only: str | None) -> None:
-    from transformers.utils import logging
-
     from mergekit_moe.pipeline import run
     from mergekit_moe.workspace import is_main_process
 
-    logging.disable_progress_bar()  # of loading and saving, which take moments; training keeps its own
+    if only != "merge":  # which needs no transformers, and is done in the time that its import takes
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # of loading and saving, which take moments; training keeps its own
     job = _job(recipe, workspace, data_dir)
     run(job, only)
-    if only in (None, "evaluate") and is_main_process():
+    if not is_main_process():
+        return
+    if only in (None, "evaluate") and job.evaluates:
         _print_results(job)
+    if only in (None, "evaluate", "merge", "train-router"):
+        model = "merged" if only == "merge" else job.model
+        console.print(f"model: {job.workspace.folder(model)}", highlight=False, soft_wrap=True)
 
 
 def _print_results(job: "Job") -> None:
@@ -199,4 +290,3 @@ def _print_results(job: "Job") -> None:
         for row in rows:
             table.add_row(*(cell.replace("*", "") for cell in row))
         console.print(table)
-    console.print(f"model: {job.workspace.folder('model')}", highlight=False)

@@ -1,91 +1,165 @@
-"""Published experts: a plain PEFT LoRA adapter, its proxies and its routing statistics, in one folder."""
+"""Published experts: a PEFT adapter or a full fine-tune, its proxies and its routing statistics, in one folder."""
 
-import re
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mergekit_moe.architectures import architecture_of
-from mergekit_moe.checkpoint import read_config, read_header
+from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG, require_exact_lora, updates_of_adapter
+from mergekit_moe.architectures import Architecture, architecture_of
+from mergekit_moe.checkpoint import Header, license_of, read_config, shards_of
 from mergekit_moe.errors import ExpertError
+from mergekit_moe.hub import Resolved
+from mergekit_moe.updates import Update
+from mergekit_moe.weights import Weights
 
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 PROXIES = "proxies.json"
 STATISTICS = "routing_statistics.safetensors"
 ABOUT = "expert.json"
 
-_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.(?P<projection>\w+)\.lora_(?P<factor>[AB])\.weight")
-# What a merge of factored experts can't carry yet, and the value that each may have.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layers_to_transform": (None, []),
-    "fan_in_fan_out": (False, None),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "init_lora_weights": (True, False, "gaussian", None),
-    "alora_invocation_tokens": (None, []),
-}
+# Fields of a config.json that say what a model computes; those of a fine-tune must be its base's.
+_STRUCTURE = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "hidden_act"),
+    *("hidden_activation", "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rotary_pct", "rms_norm_eps"),
+    *("layer_norm_eps", "norm_epsilon", "norm_eps", "attention_bias", "mlp_bias", "use_bias", "sliding_window"),
+    *("use_sliding_window", "max_window_layers", "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping"),
+    *("final_logit_softcapping", "embedding_multiplier", "logits_scaling", "residual_multiplier", "no_rope_layers"),
+    *("attention_multiplier", "use_parallel_residual", "qk_layernorm"),
+)
+_IGNORED_TENSORS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+"""Buffers that older checkpoints hold, and that every class computes for itself."""
+
+
+class Base(NamedTuple):
+    """The model that all experts started from, known by its config and headers."""
+
+    source: Resolved
+    config: dict[str, Any]
+    weights: Weights
+
+    @property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.config, "base_model")
+
+    @property
+    def layers(self) -> int:
+        return self.config["num_hidden_layers"]
+
+    def blocks(self) -> list[str]:
+        """Return the path of every layer's FFN."""
+        return [self.architecture.ffn.format(layer=layer) for layer in range(self.layers)]
+
+    def is_ffn(self, name: str) -> bool:
+        """True for a weight or bias of a layer's FFN."""
+        before, _, after = self.architecture.ffn.partition("{layer}")
+        layer, _, projection = name.removeprefix(before).rpartition(".")[0].partition(after + ".")
+        return name.startswith(before) and layer.isdigit() and projection in self.architecture.projections
 
 
 class Expert(NamedTuple):
-    """One published LoRA expert, checked against its base from headers alone."""
+    """One published expert, checked against its base from headers alone."""
 
     name: str
     folder: Path
     source: str
     revision: str | None
-    ranks: dict[str, int]
-    """Projection -> rank; a projection that the adapter leaves alone is not in it."""
-    scale: float
-    """alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+    is_adapter: bool
+    """A LoRA adapter, not a whole model."""
+    updates: dict[str, Update]
+    """Name of a tensor of the base -> what the expert makes of it; the others are the base's own."""
     about: dict[str, Any]
-    """The folder's expert.json; empty for an adapter that wasn't published by mergekit_moe."""
+    """The folder's expert.json; empty for an expert that wasn't published by mergekit_moe."""
 
     @property
     def license(self) -> str | None:
-        return self.about.get("license")
+        """As published with it; None where nothing says."""
+        stated = self.about.get("license") or license_of(self.folder)
+        return None if stated == "unknown" else stated
+
+    @property
+    def kind(self) -> str:
+        """What was published, in words."""
+        if not self.is_adapter:
+            return "full fine-tune"
+        ranks = sorted({update.rank for update in self.updates.values() if update.rank})
+        dora = any(update.magnitude for update in self.updates.values())
+        spread = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0] if ranks else 0}"
+        return f"{'DoRA' if dora else 'LoRA'}, rank {spread}"
+
+
+def read_base(source: Resolved) -> Base:
+    """Return a base model, from its config and headers.
+
+    Raises:
+        ExpertError: naming the file and what is wrong with it.
+    """
+    what = "base_model"
+    config = read_config(source.folder, "config.json", what)
+    architecture = architecture_of(config, what)
+    _require_unquantised(config, what)
+    weights = Weights(source.folder, shards_of(source.folder, what, lambda shard: source.header(shard, what)), what)
+    for layer in range(config["num_hidden_layers"]):
+        block = architecture.ffn.format(layer=layer)
+        for projection, (inputs, outputs) in architecture.sizes(config).items():
+            name = f"{block}.{projection}.weight"
+            if name not in weights:
+                raise ExpertError(f"{what}: {source.folder} lacks {name}; save the whole model, with its head")
+            if weights.shape(name) != (outputs, inputs):
+                raise ExpertError(
+                    f"{what}: {name} has shape {list(weights.shape(name))} where config.json says [{outputs}, {inputs}]"
+                )
+    return Base(source, config, weights)
 
 
 def read_expert(
-    name: str, folder: Path, *, source: str, revision: str | None, base_config: dict[str, Any], base_weights: str | None
+    name: str,
+    source: Resolved,
+    base: Base,
+    *,
+    base_weights: Callable[[], str] | None = None,
+    same_base: bool = False,
 ) -> Expert:
-    """Return the expert in `folder`, checked against the base model.
+    """Return the expert at `source`, checked against the base model from configs and headers.
 
     Args:
-        base_config: the base model's config.json.
-        base_weights: fingerprint of the base's weights, or None to skip that check.
+        base_weights: gives the fingerprint of the base's weights, for experts that name theirs; None skips that check.
+        same_base: the user vouches that the base model that the expert names is the recipe's.
 
     Raises:
         ExpertError: naming the expert, the file, and what doesn't fit.
     """
-    what = f"expert '{name}'"
-    config = read_config(folder, ADAPTER_CONFIG, what)
-    _require_plain_lora(config, what)
-    ranks = _ranks(read_header(folder / ADAPTER, what), base_config, what)
+    what, folder = f"expert '{name}'", source.folder
     about = read_config(folder, ABOUT, what) if (folder / ABOUT).is_file() else {}
-    trained_on = str(about.get("base_weights", base_weights))
-    if base_weights is not None and trained_on != base_weights:
+    trained_on = about.get("base_weights")
+    if base_weights is not None and trained_on is not None and trained_on != base_weights():
         raise ExpertError(
-            f"{what}: it was trained on another base model than the recipe's (weights {trained_on[:12]} against "
-            f"{base_weights[:12]}, {ABOUT}); use the same base_model, or drop the expert"
+            f"{what}: it was trained on another base model than the recipe's (weights {str(trained_on)[:12]} against "
+            f"{base_weights()[:12]}, {ABOUT}); use the same base_model, or drop the expert"
         )
-    rank = max(ranks.values())
-    alpha = config.get("lora_alpha")
-    if not isinstance(alpha, int | float):
-        raise ExpertError(f"{what}: {ADAPTER_CONFIG} has lora_alpha = {alpha!r}; it must be a number")
-    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-    return Expert(name, folder, source, revision, ranks, scale, about)
+    silent = about.get("domain_free_token_ids", [])
+    if not isinstance(silent, list) or not all(isinstance(token, int) for token in silent):
+        raise ExpertError(f"{what}: {ABOUT} has domain_free_token_ids = {silent!r}; it must be a list of token ids")
+    _require_same_vocabulary(folder, base.source.folder, what)
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if not is_adapter and not (folder / "config.json").is_file():
+        raise ExpertError(
+            f"{what}: {folder} has neither {ADAPTER_CONFIG}, of an adapter, nor config.json, of a whole model"
+        )
+    if is_adapter:
+        updates = _read_adapter(source, base, what, same_base or "base_weights" in about)
+    else:
+        updates = _read_fine_tune(source, base, what)
+    return Expert(name, folder, source.public_name, source.revision, is_adapter, updates, about)
 
 
-def lora_key(path: str, projection: str, factor: str) -> str:
-    """Return PEFT's name of a LoRA matrix; `factor` is A or B."""
-    return f"base_model.model.{path}.{projection}.lora_{factor}.weight"
+def require_ffn_change(expert: Expert, base: Base) -> None:
+    """Raise ExpertError for an expert that leaves every FFN as it was."""
+    if not any(base.is_ffn(name) for name in expert.updates):
+        raise ExpertError(
+            f"expert '{expert.name}': it changes no FFN, which is what the experts of a MoE are; use merge.method "
+            "soup, or drop it"
+        )
 
 
 def read_proxies(folder: Path, name: str) -> dict[str, Any]:
@@ -116,62 +190,124 @@ def _is_proxies(proxies: dict[str, Any]) -> bool:
     return all(isinstance(row, int) and 0 <= row < pool["rows"] for row in rows)
 
 
-def _require_plain_lora(config: dict[str, Any], what: str) -> None:
-    if config.get("peft_type") != "LORA":
+def _read_adapter(source: Resolved, base: Base, what: str, same_base: bool) -> dict[str, Update]:
+    config = read_config(source.folder, ADAPTER_CONFIG, what)
+    require_exact_lora(config, what)
+    if not same_base:
+        _require_same_base(config, base.source, what)
+    header: Header = source.header(ADAPTER, what)
+    weights = Weights(source.folder, {ADAPTER: header}, what)
+    updates = updates_of_adapter(weights, config, base.weights, base.config, what)
+    if not updates:
+        raise ExpertError(f"{what}: {ADAPTER} lacks any LoRA matrix; publish a trained adapter, or drop the expert")
+    restricted = [config.get(field) for field in ("layers_to_transform", "layers_pattern", "exclude_modules")]
+    if isinstance(config.get("target_modules"), list) and not any(part not in (None, []) for part in restricted):
+        _require_every_layer(updates, base, what)
+    return updates
+
+
+def _require_every_layer(updates: dict[str, Update], base: Base, what: str) -> None:
+    """Raise ExpertError for an adapter of whole layers that has fewer of them than the base: it is another model's."""
+    blocks = base.blocks()
+    for projection in base.architecture.projections:
+        present = [block for block in blocks if f"{block}.{projection}.weight" in updates]
+        if present and len(present) < len(blocks):
+            lacking = next(block for block in blocks if block not in present)
+            raise ExpertError(
+                f"{what}: {ADAPTER} lacks base_model.model.{lacking}.{projection}.lora_A.weight though it is meant for "
+                f"every layer, and the base has {len(blocks)} layers; use the base model that it was trained on"
+            )
+
+
+def _require_same_base(config: dict[str, Any], base: Resolved, what: str) -> None:
+    """Raise ExpertError if adapter and recipe name different repositories, or commits of one."""
+    named, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if (
+        base.revision is None
+        or not isinstance(named, str)
+        or named.count("/") != 1
+        or named.startswith((".", "/", "~"))
+    ):
+        return  # one of them is a folder, whose name says nothing
+    remedy = "use that one, or say `same_base: true` if you know that they are the same"
+    if named.lower() != base.source.lower():
         raise ExpertError(
-            f"{what}: {ADAPTER_CONFIG} says peft_type {config.get('peft_type')!r}; only LORA can be merged"
+            f"{what}: {ADAPTER_CONFIG} says that its base model is {named}, the recipe's is {base.source}; {remedy}"
         )
-    for field, allowed in _PLAIN.items():
-        if field in config and config[field] not in allowed:
-            raise ExpertError(
-                f"{what}: {ADAPTER_CONFIG} has {field} = {config[field]!r}, which can't be merged yet; "
-                "only plain LoRA can"
-            )
+    if isinstance(revision, str) and len(revision) == len(base.revision) and revision != base.revision:
+        raise ExpertError(
+            f"{what}: {ADAPTER_CONFIG} says that its base model is {named} at {revision[:7]}, the recipe's is at "
+            f"{base.revision[:7]}; {remedy}"
+        )
 
 
-def _ranks(header: dict[str, Any], base_config: dict[str, Any], what: str) -> dict[str, int]:
-    """Return each projection's rank; every tensor of the adapter is accounted for."""
-    architecture = architecture_of(base_config, "base_model")
-    sizes = architecture.sizes(base_config)
-    expected_paths = {architecture.ffn.format(layer=i) for i in range(base_config["num_hidden_layers"])}
-    ranks: dict[str, int] = {}
-    seen: set[tuple[str, str, str]] = set()
-    for key, tensor in header.items():
-        match = _KEY.fullmatch(key)
-        if match is None or match["projection"] not in sizes or match["path"] not in expected_paths:
-            raise ExpertError(
-                f"{what}: {ADAPTER} holds {key}, which is no FFN projection of the base "
-                f"({len(expected_paths)} layers, {', '.join(sizes)}); "
-                "only FFN adapters of the recipe's base can be merged"
-            )
-        projection, factor, shape = match["projection"], match["factor"], tensor["shape"]
-        if len(shape) != 2:
-            raise ExpertError(f"{what}: {key} has shape {shape}; a LoRA matrix has two dimensions")
-        rank = shape[0] if factor == "A" else shape[1]
-        side = 0 if factor == "A" else 1
-        given, wanted = shape[1 - side], sizes[projection][side]
-        if given != wanted:
-            field = "intermediate_size" if wanted == base_config["intermediate_size"] else "hidden_size"
-            raise ExpertError(
-                f"{what}: {key} was trained for {field} {given}, the recipe's base has {wanted}; "
-                "use the same base_model, or drop the expert"
-            )
-        if ranks.setdefault(projection, rank) != rank:
-            raise ExpertError(
-                f"{what}: {projection} has rank {ranks[projection]} in one layer and {rank} in "
-                "another, which can't be merged yet"
-            )
-        seen.add((match["path"], projection, factor))
-    missing = [
-        lora_key(path, projection, factor)
-        for path in sorted(expected_paths)
-        for projection in ranks
-        for factor in "AB"
-        if (path, projection, factor) not in seen
+def _read_fine_tune(source: Resolved, base: Base, what: str) -> dict[str, Update]:
+    config = read_config(source.folder, "config.json", what)
+    _require_unquantised(config, what)
+    different = [
+        f"{field} {config.get(field)!r} against {base.config.get(field)!r}"
+        for field in _STRUCTURE
+        if config.get(field) != base.config.get(field) and field in config and field in base.config
     ]
-    if not ranks or missing:
+    if different:
         raise ExpertError(
-            f"{what}: {ADAPTER} lacks {missing[0] if missing else 'any LoRA matrix'}; "
-            "every layer's FFN must have its own"
+            f"{what}: its config.json differs from the base's: {', '.join(different)}; use a fine-tune of the recipe's "
+            "base_model, or drop the expert"
         )
-    return ranks
+    shards = shards_of(source.folder, what, lambda shard: source.header(shard, what))
+    weights = Weights(source.folder, shards, what)
+    for name in weights:
+        if name not in base.weights and not name.endswith(_IGNORED_TENSORS) and not _is_tied(name, config):
+            raise ExpertError(
+                f"{what}: it holds {name}, which the base doesn't have; use a fine-tune of the recipe's base"
+            )
+    for name in base.weights:
+        if name in weights and weights.shape(name) != base.weights.shape(name):
+            raise ExpertError(
+                f"{what}: {name} has shape {list(weights.shape(name))}, the base's has {list(base.weights.shape(name))}"
+            )
+        if name not in weights and not name.endswith(_IGNORED_TENSORS) and not _is_tied(name, config):
+            raise ExpertError(f"{what}: it lacks {name}, which the base has; save the whole model")
+    return {name: Update(weights, whole=name) for name in base.weights if name in weights}
+
+
+def _is_tied(name: str, config: dict[str, Any]) -> bool:
+    """True for a head that is the embedding once more."""
+    return bool(config.get("tie_word_embeddings")) and name.endswith(("lm_head.weight", "embed_out.weight"))
+
+
+def _require_unquantised(config: dict[str, Any], what: str) -> None:
+    if config.get("quantization_config"):
+        raise ExpertError(
+            f"{what}: config.json has a quantization_config, and quantised weights can't be merged; give the model in "
+            "bfloat16, float16 or float32"
+        )
+
+
+def _require_same_vocabulary(folder: Path, base: Path, what: str) -> None:
+    """Raise ExpertError if the expert brings a tokenizer that gives tokens other numbers than the base's does."""
+    files = [place / "tokenizer.json" for place in (folder, base)]
+    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+        return
+    own, right = (_vocabulary(read_config(file.parent, file.name, what)) for file in files)
+    if own == right:
+        return
+    other = sorted(str(token) for token in {*own, *right} if own.get(token) != right.get(token))
+    raise ExpertError(
+        f"{what}: its tokenizer.json differs from the base's in {len(other)} tokens, the first of them {other[0]!r} "
+        f"({len(own)} tokens against {len(right)}); use an expert with the base's own tokenizer"
+    )
+
+
+def _vocabulary(tokenizer: dict[str, Any]) -> dict[Any, Any]:
+    """Return token -> number of a tokenizer.json, added tokens included."""
+    model = tokenizer.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):  # unigram models: [token, score], the place is the number
+        found = {json.dumps(entry[:1]): number for number, entry in enumerate(vocab) if isinstance(entry, list)}
+    else:
+        found = dict(vocab) if isinstance(vocab, dict) else {}
+    added = tokenizer.get("added_tokens")
+    for token in added if isinstance(added, list) else []:
+        found[token.get("content")] = token.get("id")
+    return found

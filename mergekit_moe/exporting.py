@@ -1,18 +1,17 @@
 """A unified model's way to a native family: fit plain gates, write, measure, say what was lost."""
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_moe import cards, data
-from mergekit_moe.checkpoint import read_config
-from mergekit_moe.errors import DataError, ExportError, WorkspaceError
+from mergekit_moe.checkpoint import license_of, read_config
+from mergekit_moe.errors import DataError, ExportError
 from mergekit_moe.export import observe, read_source, report_on, trained_gates, write_export
 from mergekit_moe.models import load_model, load_tokenizer
 from mergekit_moe.recipe import DataSource
 from mergekit_moe.routing.refit import plain_gates
 from mergekit_moe.routing.training import hold_out
-from mergekit_moe.workspace import write_json
+from mergekit_moe.workspace import new_folder, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,16 +26,9 @@ def export_model(folder: Path, target: str, out: Path, proxies: "Dataset | None"
         ExportError: if the format can't hold the model, or the gates need proxies and there are none.
         WorkspaceError: if `out` is there already.
     """
-    if out.exists():
-        raise WorkspaceError(f"{out} is there already; choose another --out, or move it away")
-    read_source(folder, target)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        partial = Path(scratch) / out.name
-        partial.mkdir()
-        report = fill_export(folder, target, proxies, name=out.name, license=cards.license_of(folder), out=partial)
-        partial.rename(out)
-    return report
+    with new_folder(out) as partial:
+        read_source(folder, target)
+        return fill_export(folder, target, proxies, name=out.name, license=license_of(folder), out=partial)
 
 
 def fill_export(

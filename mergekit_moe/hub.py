@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mergekit_moe.checkpoint import Header, header_length, parse_header, read_header
 from mergekit_moe.errors import DataError, ExpertError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
+_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
+_MODEL_FILES = [*_SMALL_FILES, "*.safetensors"]
 """Weights as safetensors, configuration and tokenizer; never pickles, never code."""
 
 
@@ -26,13 +28,24 @@ class Resolved(NamedTuple):
         """What may be published: a Hub id, or a folder's own name without where it lies."""
         return self.source if self.revision is not None else Path(self.source).name
 
+    def header(self, file: str, what: str) -> Header:
+        """Return a safetensors file's header, of which no more than that is fetched where it lies on the Hub.
 
-def resolve_model(source: str, revision: str | None, base: Path, what: str) -> Resolved:
+        Raises:
+            ExpertError: if there is no such file, or it isn't whole.
+        """
+        if self.revision is None or (self.folder / file).is_file():
+            return read_header(self.folder / file, what)
+        return _remote_header(self, file, what)
+
+
+def resolve_model(source: str, revision: str | None, base: Path, what: str, *, weights: bool = True) -> Resolved:
     """Return a folder as it is, or download a Hub repository at one commit.
 
     Args:
         base: where relative folders start.
         what: how an error names it, such as "base_model" or "expert 'law'".
+        weights: False to leave the weights on the Hub for now: they are gigabytes, and their headers say enough.
 
     Raises:
         ExpertError: if it is neither a folder nor to be had from the Hub; the text says why.
@@ -47,8 +60,35 @@ def resolve_model(source: str, revision: str | None, base: Path, what: str) -> R
     from huggingface_hub import model_info, snapshot_download
 
     sha = _commit(model_info, source, revision, what, ExpertError)
-    downloaded = snapshot_download(source, revision=sha, allow_patterns=_MODEL_FILES)
+    downloaded = snapshot_download(source, revision=sha, allow_patterns=_MODEL_FILES if weights else _SMALL_FILES)
     return Resolved(Path(downloaded), source, sha)
+
+
+def _remote_header(model: Resolved, file: str, what: str) -> Header:
+    """Fetch a safetensors file's header by range requests; its size tells whether the file is whole."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+    where = f"{what}: {model.source}/{file} at {str(model.revision)[:7]}"
+    url = hf_hub_url(model.source, file, revision=model.revision)
+
+    def part(first: int, last: int) -> bytes:
+        headers = {**build_hf_headers(), "Range": f"bytes={first}-{last}"}
+        response = http_backoff("GET", url, headers=headers, follow_redirects=True)
+        hf_raise_for_status(response)
+        return response.content if response.status_code == 206 else response.content[first : last + 1]
+
+    try:
+        size = get_hf_file_metadata(url).size or 0
+        length = header_length(part(0, 7), size, where)
+        return parse_header(part(8, 7 + length), size, where)
+    except EntryNotFoundError:
+        raise ExpertError(f"{where} is missing; only safetensors weights are read") from None
+    except HTTPError as failure:
+        raise ExpertError(
+            f"{where} can't be read: the Hub did not answer ({type(failure).__name__}); try again"
+        ) from None
 
 
 def resolve_dataset(source: str, revision: str | None, what: str) -> str:

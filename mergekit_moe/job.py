@@ -4,10 +4,11 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_moe import cards, data, hub
-from mergekit_moe.checkpoint import identity, read_config, weights_fingerprint
+from mergekit_moe import data, hub
+from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG
+from mergekit_moe.checkpoint import identity, license_of, stamp, weights_fingerprint
 from mergekit_moe.errors import ExpertError
-from mergekit_moe.experts import ADAPTER, ADAPTER_CONFIG, PROXIES, STATISTICS, Expert, read_expert, read_proxies
+from mergekit_moe.experts import PROXIES, STATISTICS, Base, Expert, read_base, read_expert, read_proxies
 from mergekit_moe.recipe import ExpertSource, Recipe, Seed
 from mergekit_moe.selection.embedding import choose_backend, load_embedder, resolve_embedder
 from mergekit_moe.workspace import Workspace, digest, file_sha256
@@ -30,13 +31,30 @@ class Job:
         self.clients = [expert for expert in recipe.experts if expert.client is not None]
         self.foreign = [expert for expert in recipe.experts if expert.proxies == "expert-gain"]
         """Experts of whom nothing is known but their weights."""
+        self.model = "model" if recipe.fits_routers else "merged"
+        """The folder that holds the unified model in the end."""
         self._rows: dict[str, tuple[Dataset | None, Dataset | None]] = {}
 
     @functools.cached_property
     def base(self) -> hub.Resolved:
+        """The base model, its weights fetched."""
+        return self._resolve_base(weights=True)
+
+    @functools.cached_property
+    def base_headers(self) -> Base:
+        """What config and headers say of the base model; its weights may still lie on the Hub."""
+        return read_base(self._resolve_base(weights=False))
+
+    @functools.cached_property
+    def base_model(self) -> Base:
+        return read_base(self.base)
+
+    def _resolve_base(self, *, weights: bool) -> hub.Resolved:
         if isinstance(self.recipe.base_model, Seed):
             return hub.Resolved(self.workspace.folder("seed"), f"{self.name}-seed", None)
-        return hub.resolve_model(self.recipe.base_model, self.recipe.revision, self.data_dir, "base_model")
+        return hub.resolve_model(
+            self.recipe.base_model, self.recipe.revision, self.data_dir, "base_model", weights=weights
+        )
 
     @functools.cached_property
     def base_weights(self) -> str:
@@ -44,13 +62,23 @@ class Job:
 
     @functools.cached_property
     def base_identity(self) -> str:
+        """One digest of all that makes the base model."""
+        if self.base.revision is not None:
+            return digest([self.base.source, self.base.revision])
         return identity(self.base.folder, self.base_weights)
+
+    @property
+    def base_stamp(self) -> str:
+        """The same for a merge, which is soon done again, without reading the weights."""
+        if self.base.revision is not None:
+            return self.base_identity
+        return identity(self.base.folder, stamp(self.base.folder, "base_model"))
 
     @property
     def base_license(self) -> str:
         if isinstance(self.recipe.base_model, Seed):
             return self.recipe.base_model.license
-        return cards.license_of(self.base.folder)
+        return license_of(self.base_headers.source.folder)
 
     @functools.cached_property
     def embedder(self) -> hub.Resolved:
@@ -114,23 +142,32 @@ class Job:
         test = expert.test if expert.client is None else expert.client.test or expert.client.private
         return digest(data.fingerprint([test] if test else [], self.data_dir, f"expert '{expert.name}', test"))
 
-    def expert(self, source: ExpertSource) -> Expert:
+    def expert(self, source: ExpertSource, *, weights: bool = True) -> Expert:
         """Return a published expert, checked against the base.
+
+        Args:
+            weights: False to look at its headers alone, wherever they lie.
 
         Raises:
             ExpertError: naming the expert and what doesn't fit.
         """
-        resolved = hub.Resolved(self.workspace.folder(f"experts/{source.name}"), f"experts/{source.name}", None)
-        if source.source is not None:
-            resolved = hub.resolve_model(source.source, source.revision, self.data_dir, f"expert '{source.name}'")
-        return read_expert(
+        base = self.base_model if weights else self.base_headers
+        if source.source is None:
+            folder = f"experts/{source.name}"
+            resolved = hub.Resolved(self.workspace.folder(folder), folder, None)
+        else:
+            resolved = hub.resolve_model(
+                source.source, source.revision, self.data_dir, f"expert '{source.name}'", weights=weights
+            )
+        here = weights or base.source.revision is None
+        expert = read_expert(
             source.name,
-            resolved.folder,
-            source=resolved.public_name if source.source is not None else resolved.source,
-            revision=resolved.revision,
-            base_config=read_config(self.base.folder, "config.json", "base_model"),
-            base_weights=self.base_weights,
+            resolved,
+            base,
+            base_weights=(lambda: self.base_weights) if here else None,
+            same_base=source.same_base,
         )
+        return expert if source.source is not None else expert._replace(source=resolved.source)
 
     def experts(self) -> list[Expert]:
         return [self.expert(source) for source in self.recipe.experts]
@@ -139,11 +176,29 @@ class Job:
         """Return what changes whenever an expert does."""
         matters = ("base_weights", "domain_free_token_ids")
         identities: list[list[Any]] = [
-            [e.name, e.revision, [e.about.get(key) for key in matters], _published_files(e.folder)]
+            [e.name, e.revision, [e.about.get(key) for key in matters], e.revision or published_files(e)]
             for e in self.experts()
         ]
         picked = [self.workspace.digest_of(f"proxies/{source.name}", "select", (PROXIES,)) for source in self.foreign]
         return identities + ([picked] if picked else [])
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is held-out text to judge a unified model by."""
+        if self.recipe.merge.method != "moe":
+            return False
+        return self.recipe.fits_routers or any(source.test is not None for source in self.recipe.experts)
+
+    def anchor_rows(self) -> "Dataset":
+        """Return the anchor's proxies: random public rows, as many as an expert has, and none of theirs."""
+        import random
+
+        taken = [self.proxies(expert)["rows"] for expert in self.experts()]
+        free = sorted(set(range(len(self.pool))) - {row for rows in taken for row in rows})
+        count = min(len(free), sum(map(len, taken)) // len(taken))
+        if count == 0:
+            raise ExpertError("merge.anchor: the experts' proxies take the whole public_pool; give a larger pool")
+        return self.pool.select(sorted(random.Random(self.recipe.seed).sample(free, count)))
 
     def proxies(self, expert: Expert) -> dict[str, Any]:
         """Return what an expert published of its proxies, or what was picked here for it."""
@@ -167,6 +222,8 @@ class Job:
         return self.pool.select(proxies["rows"])
 
 
-def _published_files(folder: Path) -> str:
-    files = [folder / name for name in (ADAPTER, ADAPTER_CONFIG, PROXIES, STATISTICS)]
-    return digest([file_sha256(file) for file in files if file.is_file()])
+def published_files(expert: Expert) -> str:
+    """Return one digest of all of an expert's files that matter to a merge."""
+    files = [expert.folder / name for name in (ADAPTER, ADAPTER_CONFIG, PROXIES, STATISTICS, "config.json")]
+    weights = None if expert.is_adapter else stamp(expert.folder, f"expert '{expert.name}'")
+    return digest([weights, [file_sha256(file) for file in files if file.is_file()]])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from mergekit_moe.adapters import ADAPTER_CONFIG
 from mergekit_moe.modeling.routing_metamoe import ContextRouter, Routing, prompt_tokens
 from mergekit_moe.workspace import process_state
 
@@ -32,6 +33,15 @@ def load_model(folder: Path) -> PreTrainedModel:
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
     return model.to(process_state().device)
+
+
+def load_expert(base: Path, expert: Path) -> Any:
+    """Return an expert as a plain model, by PEFT and transformers alone: the base with its adapter, or a fine-tune."""
+    if not (expert / ADAPTER_CONFIG).is_file():
+        return load_model(expert)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_model(base), str(expert)).merge_and_unload()
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_moe import cards, data, selecting
-from mergekit_moe.checkpoint import read_config
-from mergekit_moe.errors import DataError, WorkspaceError
-from mergekit_moe.experts import ADAPTER, ADAPTER_CONFIG, PROXIES, STATISTICS, read_proxies
-from mergekit_moe.job import POOL, Job
+from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG
+from mergekit_moe.checkpoint import license_of, read_config
+from mergekit_moe.errors import DataError, ExpertError, RecipeError, WorkspaceError
+from mergekit_moe.experts import PROXIES, STATISTICS, read_proxies
+from mergekit_moe.job import POOL, Job, published_files
 from mergekit_moe.plan import plan
-from mergekit_moe.recipe import ExpertSource, Recipe, Seed
-from mergekit_moe.workspace import digest, file_sha256, is_main_process, read_json
+from mergekit_moe.recipe import ANCHOR, ExpertSource, Recipe, Seed
+from mergekit_moe.workspace import digest, is_main_process, read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +30,8 @@ class Step(NamedTuple):
     command: str
     folder: str
     inputs: dict[str, Any]
-    make: Callable[[Path], None]
+    make: Callable[[Path], dict[str, str] | None]
+    """May return the sha256 of files that it knows from writing them."""
     distributed: bool = False
     """True if all processes of `accelerate launch` work on it; else the main one does."""
     resumable: bool = False
@@ -42,32 +44,45 @@ def run(job: Job, only: str | None = None) -> None:
     Raises:
         MetaMoeError: for whatever a user can have got wrong, before any long work starts where possible.
     """
-    checked = False
-    for step in steps(job):
-        current = job.workspace.is_current(step.folder, step.inputs)
-        if only is not None and step.command != only:
-            if COMMANDS.index(step.command) > COMMANDS.index(only):
-                return
-            if not current:
-                raise WorkspaceError(
-                    f"{job.workspace.folder(step.folder)} is missing or out of date; "
-                    f"run `metamoe {step.command}` on this recipe first"
-                )
-            continue
-        if not current and not checked:
+    checked = done = False
+
+    def check() -> None:
+        nonlocal checked
+        if not checked:
+            checked = True
             merging = only is None or COMMANDS.index(only) >= COMMANDS.index("merge")
             plan(job, merging=merging, base=only != "select" or bool(job.foreign))
-            checked = True
-        make = step.make if step.distributed or is_main_process() else _nothing
-        job.workspace.build(step.folder, step.inputs, make, resumable=step.resumable)
-    if only in (None, "card"):
+
+    try:
+        for step in steps(job):
+            done = done or step.command == only
+            current = job.workspace.is_current(step.folder, step.inputs)
+            if only is not None and step.command != only:
+                if COMMANDS.index(step.command) > COMMANDS.index(only):
+                    break
+                if not current:
+                    raise WorkspaceError(
+                        f"{job.workspace.folder(step.folder)} is missing or out of date; "
+                        f"run `metamoe {step.command}` on this recipe first"
+                    )
+                continue
+            if not current:
+                check()
+            make = step.make if step.distributed or is_main_process() else _nothing
+            job.workspace.build(step.folder, step.inputs, make, resumable=step.resumable)
+    except (ExpertError, DataError):
+        check()  # what is wrong with one of the inputs is told along with what is wrong with the others
+        raise
+    if only is not None and not done:
+        raise RecipeError(f"this recipe has nothing for `metamoe {only}` to do; `metamoe check` prints what it will do")
+    if only in (None, "card") and job.recipe.merge.method == "moe":
         _place_card(job)
 
 
 def steps(job: Job) -> Iterator[Step]:
     """Yield the steps in order. Each is made before the next is asked for, so inputs may read its folder."""
     recipe, seed = job.recipe, {"seed": job.recipe.seed}
-    pool = {"pool": job.pool_fingerprint}
+    pool = {"pool": job.pool_fingerprint} if recipe.pool_sources else {}
     inputs: dict[str, Any]
     if job.clients or job.foreign:
         inputs = pool | job.embedder_identity()
@@ -94,7 +109,7 @@ def steps(job: Job) -> Iterator[Step]:
         source = job.expert(expert)
         read = {
             "max_length": recipe.router.max_length,
-            "adapter": file_sha256(source.folder / ADAPTER),
+            "expert": source.revision or published_files(source),
             "base": job.base_identity,
         }
         make = functools.partial(selecting.measure_gains, job, source)
@@ -109,8 +124,8 @@ def steps(job: Job) -> Iterator[Step]:
     if isinstance(recipe.base_model, Seed):
         inputs = {"model": recipe.base_model.model_dump(mode="json", exclude={"license"})}
         yield Step("seed", "seed", inputs | pool | seed, lambda out: _train_seed(job, out), distributed=True)
-    base = {"base": job.base_identity}
     for client in job.clients:
+        base = {"base": job.base_identity}
         inputs = {
             "alignment": recipe.alignment.model_dump(mode="json"),
             "private": job.private_fingerprint(client),
@@ -126,26 +141,34 @@ def steps(job: Job) -> Iterator[Step]:
             "domain_free_bos": recipe.alignment.domain_free_bos,
             "max_length": recipe.router.max_length,
         }
+        base = {"base": job.base_identity}
         yield Step("publish", f"experts/{client.name}", inputs | base | pool, functools.partial(_publish, job, client))
     experts = {"experts": job.expert_identities()}
-    inputs = {"merge": recipe.merge.model_dump(mode="json"), "context": recipe.router.context}
-    yield Step("merge", "merged", inputs | base | experts, lambda out: _merge(job, out))
+    router = recipe.router
     inputs = {
-        "router": recipe.router.model_dump(mode="json"),
-        "merged": job.workspace.digest_of("merged", "merge"),
+        "merge": recipe.merge.model_dump(mode="json"),
+        "router": [router.start, router.context, router.context_weight],
+        "base": job.base_stamp,
     }
-    yield Step("train-router", "model", inputs | pool | experts | seed, lambda out: _route(job, out), distributed=True)
-    model = {"model": job.workspace.digest_of("model", "train-router")}
-    inputs = {
-        "evaluation": recipe.evaluation.model_dump(mode="json"),
-        "held_out": [job.held_out_fingerprint(expert) for expert in recipe.experts],
-        "selection": [job.workspace.digest_of(f"proxies/{client.name}", "select") for client in job.clients],
-    }
-    yield Step("evaluate", "evaluation", inputs | model, lambda out: _evaluate(job, out))
-    inputs = {
-        "evaluation": job.workspace.digest_of("evaluation", "evaluate"),
+    yield Step("merge", "merged", inputs | experts | seed, lambda out: _merge(job, out))
+    if recipe.merge.method != "moe":
+        return
+    if recipe.fits_routers:
+        inputs = {"router": router.model_dump(mode="json"), "merged": job.workspace.digest_of("merged", "merge")}
+        inputs |= pool | experts | seed
+        yield Step("train-router", "model", inputs, lambda out: _route(job, out), distributed=True)
+    model = {"model": job.workspace.digest_of(job.model, "train-router" if recipe.fits_routers else "merge")}
+    inputs = {"name": [job.name, job.base.public_name, job.base.revision, job.base_license]}
+    if job.evaluates:
+        judged = {
+            "evaluation": recipe.evaluation.model_dump(mode="json"),
+            "held_out": [job.held_out_fingerprint(expert) for expert in recipe.experts],
+            "selection": [job.workspace.digest_of(f"proxies/{client.name}", "select") for client in job.clients],
+        }
+        yield Step("evaluate", "evaluation", judged | model, lambda out: _evaluate(job, out))
+        inputs["evaluation"] = job.workspace.digest_of("evaluation", "evaluate")
+    inputs |= {
         "recipe": digest(cards.public_recipe(recipe)),
-        "name": [job.name, job.base.public_name, job.base.revision, job.base_license],
         "about": [expert.about for expert in job.experts()],
     }
     yield Step("card", "card", inputs | model, lambda out: _write_card(job, out))
@@ -217,10 +240,18 @@ def _publish(job: Job, client: ExpertSource, out: Path) -> None:
     (out / "README.md").write_text(card, encoding="utf-8")
 
 
-def _merge(job: Job, out: Path) -> None:
-    from mergekit_moe.merging import merge_experts
+def _merge(job: Job, out: Path) -> dict[str, str]:
+    recipe = job.recipe
+    if recipe.merge.method != "moe":
+        from mergekit_moe.merging.baselines import merge_densely
 
-    merge_experts(job.base.folder, job.experts(), job.recipe.merge, job.recipe.router, out=out)
+        return merge_densely(job.base_model, job.experts(), recipe.merge, out=out, seed=recipe.seed)
+    from mergekit_moe.merging.unify import merge_experts
+
+    tell = job.workspace.report
+    return merge_experts(
+        job.base_model, job.experts(), recipe.merge, recipe.router, out=out, seed=recipe.seed, tell=tell
+    )
 
 
 def _route(job: Job, out: Path) -> None:
@@ -254,11 +285,14 @@ def _proxy_tokens(job: Job) -> "Dataset":
 
     tokenizer = load_tokenizer(job.base.folder)
     parts = []
-    for number, expert in enumerate(job.experts()):
-        tokens = data.tokenize(job.proxy_rows(expert), tokenizer, job.recipe.router.max_length)
+    rows = [(expert.name, job.proxy_rows(expert)) for expert in job.experts()]
+    if job.recipe.merge.anchor:
+        rows.append((ANCHOR, job.anchor_rows()))
+    for number, (name, proxies) in enumerate(rows):
+        tokens = data.tokenize(proxies, tokenizer, job.recipe.router.max_length)
         if len(tokens) == 0:
             raise DataError(
-                f"expert '{expert.name}': no proxy has a token to learn within router.max_length "
+                f"expert '{name}': no proxy has a token to learn within router.max_length "
                 f"{job.recipe.router.max_length}; raise it"
             )
         parts.append(tokens.add_column("expert", [number] * len(tokens)))
@@ -268,7 +302,7 @@ def _proxy_tokens(job: Job) -> "Dataset":
 def _export(job: Job, target: str, out: Path) -> None:
     from mergekit_moe.exporting import fill_export
 
-    license = cards.license_of(job.workspace.folder("card"))
+    license = license_of(job.workspace.folder("card"))
     name = f"{job.name}-{target}"
     fill_export(job.workspace.folder("model"), target, _proxy_tokens(job), name=name, license=license, out=out)
 
@@ -284,7 +318,7 @@ def _evaluate(job: Job, out: Path) -> None:
     evaluate_models(
         job.base.folder,
         {expert.name: expert.folder for expert in job.experts()},
-        job.workspace.folder("model"),
+        job.workspace.folder(job.model),
         domains,
         job.recipe.evaluation,
         proxy_shares=_proxy_shares(job),
@@ -299,10 +333,13 @@ def _proxy_shares(job: Job) -> dict[str, dict[str, float]]:
 
 def _write_card(job: Job, out: Path) -> None:
     from mergekit_moe.evaluation import tables
+    from mergekit_moe.merging.unify import REPORT as MERGE_REPORT
 
-    results = read_json(job.workspace.folder("evaluation") / tables.RESULTS)
-    fitted = read_json(job.workspace.folder("model") / "router_training.json")
-    config = read_config(job.workspace.folder("model"), "config.json", "model")
+    results = read_json(job.workspace.folder("evaluation") / tables.RESULTS) if job.evaluates else None
+    model = job.workspace.folder(job.model)
+    fitted = read_json(model / "router_training.json") if job.recipe.fits_routers else None
+    config = read_config(model, "config.json", "model")
+    kept = {entry["name"]: entry["kept"] for entry in read_json(model / MERGE_REPORT)["experts"]}
     experts = job.experts()
     licenses = {"base": job.base_license, **{e.name: e.license or "unknown" for e in experts}}
     license, note = cards.common_license(job.recipe.card.license, licenses)
@@ -321,18 +358,22 @@ def _write_card(job: Job, out: Path) -> None:
                 "name": e.name,
                 "source": e.source,
                 "revision": e.revision,
-                "rank": max(e.ranks.values()),
+                "published_as": e.kind,
+                "kept": kept[e.name],
                 "license": licenses[e.name],
-                "proxies": len(job.proxies(e)["rows"]),
+                "proxies": len(job.proxies(e)["rows"]) if job.recipe.fits_routers else None,
             }
             for e in experts
         ],
         pool=[data.describe(source, job.data_dir, POOL) for source in job.recipe.pool_sources],
         top_k=job.recipe.merge.top_k,
         silent_tokens=config["router_excluded_token_ids"],
-        loss_table=tables.markdown(*tables.loss_rows(results)),
-        domain_table=tables.markdown(*tables.domain_rows(results)),
-        proxy_table=tables.markdown(*tables.proxy_rows(results["proxies"])) if results["proxies"] else "",
+        anchor=job.recipe.merge.anchor,
+        router_fitted=job.recipe.fits_routers,
+        other_weights=_describe_other_weights(job.recipe, read_json(model / MERGE_REPORT)),
+        loss_table=tables.markdown(*tables.loss_rows(results)) if results else "",
+        domain_table=tables.markdown(*tables.domain_rows(results)) if results else "",
+        proxy_table=tables.markdown(*tables.proxy_rows(results["proxies"])) if results and results["proxies"] else "",
         router=_describe_router(job.recipe, fitted),
         recipe=cards.public_recipe(job.recipe),
     )
@@ -346,12 +387,22 @@ _CONTEXTS = {
 }
 
 
-def _describe_router(recipe: Recipe, fitted: dict[str, Any]) -> str:
+_STARTS = {
+    "uniform": "gives every expert the same weight",
+    "random": "is random, and was never trained",
+    "arrow": "has one direction an expert, the one that its weights answer most (Arrow), and takes absolute scores",
+}
+
+
+def _describe_router(recipe: Recipe, fitted: dict[str, Any] | None) -> str:
     router = recipe.router
-    lines = [
-        f"Linear in each layer's FFN input, with {_CONTEXTS[router.context]}; "
-        f"started in closed form (`{router.start}`) from the proxies."
-    ]
+    linear = f"Linear in each layer's FFN input, with {_CONTEXTS[router.context]}"
+    if fitted is None:
+        return f"{linear}; it {_STARTS[router.start]}. No proxies were used."
+    source = (
+        f"by `{router.start}`" if router.start in _STARTS else f"in closed form (`{router.start}`) from the proxies"
+    )
+    lines = [f"{linear}; started {source}."]
     for name, judged in fitted["held_out"].items():
         lines.append(
             f"- `{name}`: loss {judged['loss']:.4f} on held-out proxies, "
@@ -362,11 +413,22 @@ def _describe_router(recipe: Recipe, fitted: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _describe_other_weights(recipe: Recipe, report: dict[str, Any]) -> list[str]:
+    """Return a line for each expert that changed more than its FFNs."""
+    fate = "left out" if recipe.merge.other_weights == "base" else "taken into the mean over all experts"
+    lines = []
+    for expert in report["experts"]:
+        parts = [f"`{d['module']}` ({d['relative']:.2g} of the base's norm)" for d in expert["other_weights"]]
+        if parts:
+            lines.append(f"{expert['name']}: {', '.join(parts)}; {fate}")
+    return lines
+
+
 def _place_card(job: Job) -> None:
     """Put the card beside the weights; by rename, as everything else."""
     if not is_main_process():
         return
-    card, target = job.workspace.folder("card") / "README.md", job.workspace.folder("model") / "README.md"
+    card, target = job.workspace.folder("card") / "README.md", job.workspace.folder(job.model) / "README.md"
     text = card.read_bytes()
     if not target.is_file() or target.read_bytes() != text:
         partial = target.with_name(".README.md.partial")

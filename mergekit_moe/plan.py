@@ -3,10 +3,9 @@
 import functools
 from collections.abc import Callable
 
-from mergekit_moe.architectures import architecture_of, require_export
-from mergekit_moe.checkpoint import read_config, shards_of
+from mergekit_moe.architectures import require_export
 from mergekit_moe.errors import DataError, ExpertError, MetaMoeError
-from mergekit_moe.experts import STATISTICS
+from mergekit_moe.experts import STATISTICS, Expert, require_ffn_change
 from mergekit_moe.job import POOL, Job
 from mergekit_moe.recipe import ExpertSource, Seed
 
@@ -29,22 +28,25 @@ def plan(job: Job, *, merging: bool = True, base: bool = True) -> list[tuple[str
         try:
             lines.extend(look())
         except MetaMoeError as error:
-            problems.append(str(error))
+            if str(error) not in problems:  # every expert needs the base, whose faults are told once
+                problems.append(str(error))
 
     if merging and len(job.recipe.experts) < 2:
         problems.append("experts: one expert can't be merged; give two or more, or run a client's commands alone")
     attempt(lambda: _plan_workspace(job))
     if base:
         attempt(lambda: _plan_base(job))
-    attempt(lambda: _plan_pool(job))
+    if job.recipe.pool_sources:
+        attempt(lambda: _plan_pool(job))
     for target in job.recipe.export if base else ():
         attempt(functools.partial(_plan_export, job, target))
     for expert in job.recipe.experts if base else job.clients:
         attempt(functools.partial(_plan_expert, job, expert))
     if problems:
         raise DataError("\n".join(problems))
-    settings = job.recipe
-    lines.append(("router", f"{settings.router.start}, context {settings.router.context}, top-{settings.merge.top_k}"))
+    router, merge = job.recipe.router, job.recipe.merge
+    if merge.method == "moe":
+        lines.append(("router", f"{router.start}, context {router.context}, top-{merge.top_k}"))
     return lines
 
 
@@ -66,17 +68,16 @@ def _plan_base(job: Job) -> list[tuple[str, str]]:
     if isinstance(job.recipe.base_model, Seed):
         seed = job.recipe.base_model
         return [("base", f"Llama, {seed.layers} layers of {seed.hidden_size}, to be trained on the pool")]
-    config = read_config(job.base.folder, "config.json", "base_model")
-    architecture_of(config, "base_model")
-    shards = shards_of(job.base.folder, "base_model")
-    size = sum((job.base.folder / shard).stat().st_size for shard in shards)
-    return [("base", f"{job.base.source} ({config['model_type']}, {size / 1e6:,.1f} MB, licence {job.base_license})")]
+    base = job.base_headers
+    size = sum(base.weights.nbytes(name) for name in base.weights)
+    kind = base.config["model_type"]
+    return [("base", f"{base.source.source} ({kind}, {size / 1e6:,.1f} MB, licence {job.base_license})")]
 
 
 def _plan_export(job: Job, target: str) -> list[tuple[str, str]]:
     model_type = "llama"
     if not isinstance(job.recipe.base_model, Seed):
-        model_type = str(read_config(job.base.folder, "config.json", "base_model").get("model_type"))
+        model_type = str(job.base_headers.config["model_type"])
     require_export(target, model_type, renormalises=job.recipe.merge.renormalise)
     return [("export", f"{target}, with gates fitted on the proxies")]
 
@@ -108,7 +109,32 @@ def _plan_expert(job: Job, source: ExpertSource) -> list[tuple[str, str]]:
         ]
     if isinstance(job.recipe.base_model, Seed) and not job.base.folder.is_dir():
         return [(f"expert {source.name}", f"{source.source}, to be checked once the seed is trained")]
-    expert = job.expert(source)
+    expert = job.expert(source, weights=False)
+    _require_mergeable(job, expert)
+    if job.recipe.fits_routers:
+        _require_routable(job, source, expert)
+    job.rows(source)
+    pinned = f" at {expert.revision[:7]}" if expert.revision else ""
+    what = f"{expert.source}{pinned}, {expert.kind}, licence {expert.license or 'unknown'}"
+    return [(f"expert {source.name}", what)]
+
+
+def _require_mergeable(job: Job, expert: Expert) -> None:
+    """Raise ExpertError for what an expert can be seen to change and the merge can't keep."""
+    merge, base = job.recipe.merge, job.base_headers
+    if merge.method != "moe":
+        return
+    require_ffn_change(expert, base)
+    others = [name for name in expert.updates if not base.is_ffn(name)]
+    if merge.other_weights == "refuse" and expert.is_adapter and others:
+        raise ExpertError(
+            f"expert '{expert.name}': it changes {len(others)} tensors outside the FFNs, such as {others[0]}, and "
+            "merge.other_weights is refuse; choose base or average, or drop the expert"
+        )
+
+
+def _require_routable(job: Job, source: ExpertSource, expert: Expert) -> None:
+    """Raise ExpertError for an expert that lacks what the recipe's router is fitted on."""
     if source.proxies == "published":
         job.proxy_rows(expert)
     if job.recipe.router.start == "centroid" and not (expert.folder / STATISTICS).is_file():
@@ -116,11 +142,3 @@ def _plan_expert(job: Job, source: ExpertSource) -> list[tuple[str, str]]:
             f"expert '{source.name}': {expert.folder} has no {STATISTICS}, which router.start: centroid needs; "
             "publish the expert with `metamoe publish`, or start with lda"
         )
-    job.rows(source)
-    pinned = f" at {expert.revision[:7]}" if expert.revision else ""
-    return [
-        (
-            f"expert {source.name}",
-            f"{expert.source}{pinned}, rank {max(expert.ranks.values())}, licence {expert.license or 'unknown'}",
-        )
-    ]

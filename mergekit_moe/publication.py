@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG
 from mergekit_moe.data import batches
-from mergekit_moe.experts import ABOUT, ADAPTER, ADAPTER_CONFIG, PROXIES, STATISTICS
+from mergekit_moe.experts import ABOUT, PROXIES, STATISTICS
 from mergekit_moe.workspace import write_json
 
 if TYPE_CHECKING:

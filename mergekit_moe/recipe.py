@@ -3,16 +3,16 @@
 import difflib
 import re
 import string
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
-
-from mergekit_moe.errors import RecipeError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 RESERVED_NAMES = ("seed", "soup", "unified")
 """Methods that the results are reported for beside the experts."""
+ANCHOR = "anchor"
+"""Name of the expert that is the seed's own FFN."""
+NO_PROXIES = ("uniform", "random", "arrow")
+"""Routers that are made without a pool, by the merge itself."""
 
 InstalledText = Literal["library-source", "manual", "unicode-names", "licences"]
 ExportFormat = Literal["mixtral", "qwen3_moe", "qwen2_moe", "flex_olmo"]
@@ -154,6 +154,8 @@ class ExpertSource(Spec):
     proxies: Literal["published", "expert-gain"] = "published"
     """`expert-gain` picks them here for a `source` that published none: pool texts that it reads better than the base
     model does. So any adapter on the Hub can join; proxies that a client picked fit its domain better."""
+    same_base: bool = False
+    """You know that the base model which a `source` names is the recipe's: a mirror, or another name of it."""
     license: str | None = None
     """Licence of the expert trained here; the base model's where not given."""
 
@@ -224,12 +226,55 @@ class Alignment(Training):
     """Switch the adapter off on BOS, which stands before every domain and so belongs to none."""
 
 
-class Merge(Spec):
-    """Experts to one MoE checkpoint."""
+class Compression(Spec):
+    """Full fine-tunes as factored experts: what they changed in each FFN matrix, by truncated SVD."""
 
+    rank: int | None = Field(None, ge=1)
+    """Of every matrix."""
+    energy: float | None = Field(None, gt=0, le=1)
+    """Or: the least rank that keeps this share of the change's squared norm, matrix by matrix."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.rank is None) == (self.energy is None):
+            raise ValueError("give either 'rank' or 'energy'")
+        return self
+
+
+class Merge(Spec):
+    """Experts to one checkpoint."""
+
+    method: Literal["moe", "soup", "task-arithmetic", "ties", "dare"] = "moe"
+    """`moe` is what this is for; the others make one dense model, to compare with."""
     top_k: int = Field(1, ge=1)
     renormalise: bool = True
     """Divide the chosen experts' weights by their sum; False is Eq. 6 as published."""
+    anchor: bool = False
+    """One more expert, the base's own FFN, for text of no expert's domain."""
+    other_weights: Literal["base", "average", "refuse"] = "base"
+    """Of what experts changed outside their FFNs, which one model can hold only once: the base's own weights, the base
+    plus the mean of the changes (BTX), or no merge. What was changed is printed either way."""
+    compress: Compression | None = None
+    """Full fine-tunes as factored experts; as whole FFNs where not given."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the result; the base's own, and the adapters', where not given."""
+    scaling: float | None = Field(None, gt=0)
+    """Weight of the sum of the experts' changes; 1 for TIES, 0.4 for task arithmetic and DARE where not given."""
+    density: float | None = Field(None, gt=0, le=1)
+    """Share of each change that is kept; 0.2 for TIES, 0.1 for DARE where not given."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        taken = {
+            "moe": {"top_k", "renormalise", "anchor", "other_weights", "compress"},
+            "soup": set[str](),
+            "task-arithmetic": {"scaling"},
+            "ties": {"scaling", "density"},
+            "dare": {"scaling", "density"},
+        }[self.method] | {"method", "dtype"}
+        for field in sorted(self.model_fields_set - taken):
+            raise ValueError(f"'{field}' means nothing to method {self.method}; drop it, or choose another method")
+        return self
 
 
 class RouterTraining(Training):
@@ -249,8 +294,10 @@ class Router(Spec):
     (frozen while the completion is read or written), or nothing."""
     context_weight: float = Field(0.95, gt=0, lt=1)
     """Where lambda starts, in every layer."""
-    start: Literal["lda", "centroid"] = "lda"
-    """Closed form from the proxies: shrunk LDA on the feature that the router sees, or the mean vectors."""
+    start: Literal["lda", "centroid", "uniform", "random", "arrow"] = "lda"
+    """Closed form from the proxies: shrunk LDA on the feature that the router sees, or the mean vectors. Or without any
+    proxy: all experts alike (for `top_k` of all), at random, or by the direction of the input that each expert's
+    weights answer most (`arrow`)."""
     shrinkage: float = Field(0.1, ge=0, le=1)
     """Share of a scaled identity in the LDA's covariance."""
     training: RouterTraining | None = RouterTraining()
@@ -285,11 +332,14 @@ class Recipe(Spec):
     ]
     """Folder or Hub id of the seed model; or the settings of a small one to be trained on the pool."""
     revision: str | None = None
-    public_pool: Annotated[
-        Annotated[DataSource, Tag("(one)")] | Annotated[list[DataSource], Tag("(several)")],
-        Discriminator(lambda value: "(several)" if isinstance(value, list) else "(one)"),
-    ]
-    """One data set, or several taken together."""
+    public_pool: (
+        Annotated[
+            Annotated[DataSource, Tag("(one)")] | Annotated[list[DataSource], Tag("(several)")],
+            Discriminator(lambda value: "(several)" if isinstance(value, list) else "(one)"),
+        ]
+        | None
+    ) = None
+    """One data set, or several taken together; none for a merge with a router that needs no proxies."""
     experts: list[ExpertSource] = Field(min_length=1)
     """One is enough for a client's own commands; `merge` and what follows need two."""
     data_dir: str = "."
@@ -324,52 +374,56 @@ class Recipe(Spec):
                     f"expert '{expert.name}': selection.relevance is prompts, but the client has none; "
                     "give client.prompts, a few sentences such as a user would write"
                 )
-        if self.merge.top_k > len(names):
-            raise ValueError(f"merge.top_k is {self.merge.top_k} but there are {len(names)} experts; lower it")
+        self._check_merge(names)
+        if self.public_pool is None:
+            self._check_without_pool()
         return self
+
+    def _check_merge(self, names: list[str]) -> None:
+        """Raise ValueError for a merge that its experts don't allow."""
+        if self.merge.anchor and ANCHOR in names:
+            raise ValueError(f"expert name '{ANCHOR}' is the base's own FFN's, by merge.anchor; choose another")
+        count = len(names) + self.merge.anchor
+        if self.merge.top_k > count:
+            raise ValueError(f"merge.top_k is {self.merge.top_k} but there are {count} experts; lower it")
+        if self.merge.method != "moe":
+            for field in ("router", "export"):
+                if field in self.model_fields_set:
+                    raise ValueError(
+                        f"merge.method {self.merge.method} makes a dense model; '{field}' is for moe, drop it"
+                    )
+        elif self.router.start == "uniform" and self.merge.top_k != count:
+            raise ValueError(
+                f"router.start uniform gives every expert the same weight; set merge.top_k to all {count}, or start "
+                "with random or arrow"
+            )
+
+    def _check_without_pool(self) -> None:
+        """Raise ValueError for what needs a public pool, in a recipe that has none."""
+        if isinstance(self.base_model, Seed):
+            raise ValueError("base_model: a seed is trained on public_pool; give one, or name a base model")
+        for expert in self.experts:
+            if expert.client is not None or expert.proxies == "expert-gain":
+                raise ValueError(f"expert '{expert.name}': its proxies are picked from public_pool; give one")
+        if self.merge.method != "moe":
+            return
+        if self.router.start not in NO_PROXIES:
+            raise ValueError(
+                f"router.start is {self.router.start}, which is fitted on proxies from public_pool; give one, or start "
+                f"with {', '.join(NO_PROXIES[:-1])} or {NO_PROXIES[-1]}, which need none"
+            )
+        if "training" in self.router.model_fields_set and self.router.training is not None:
+            raise ValueError("router.training is on proxies from public_pool; give one, or drop it")
+        if self.export:
+            raise ValueError("'export' fits gates on proxies from public_pool; give one, or use `metamoe export` after")
 
     @property
     def pool_sources(self) -> list[DataSource]:
+        if self.public_pool is None:
+            return []
         return self.public_pool if isinstance(self.public_pool, list) else [self.public_pool]
 
-
-def load_recipe(path: Path, data_dir: Path | None = None) -> Recipe:
-    """Read and check a recipe; `data_dir` on the command line wins over the recipe's.
-
-    Raises:
-        RecipeError: naming the file and every field that is wrong.
-    """
-    values = _read_yaml(path)
-    experts = values.get("experts")
-    for expert in experts if isinstance(experts, list) else []:
-        if isinstance(expert, dict) and isinstance(expert.get("client"), str):
-            expert["client"] = _read_yaml(path.parent / expert["client"])
-    values["data_dir"] = str(data_dir or path.parent / str(values.get("data_dir", ".")))
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError("\n".join(f"{path}: {_sentence(e)}" for e in error.errors())) from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file; give the path of a recipe") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}; give the path of a recipe") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe is a YAML mapping that starts with base_model, public_pool and experts")
-    return values
-
-
-def _sentence(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith("("))
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "missing":
-        message = "is required"
-    elif error["type"] != "value_error":
-        message = f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
-    return f"{where}: {message}" if where else message
+    @property
+    def fits_routers(self) -> bool:
+        """Whether the routers are fitted, or trained, on proxies; else the merge makes them."""
+        return self.merge.method == "moe" and self.public_pool is not None

@@ -1,12 +1,14 @@
 """Where a run's results lie: one folder a stage, complete or not there at all, skipped while nothing changed."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from mergekit_moe.errors import WorkspaceError
 MANIFEST = "manifest.json"
 _INPUTS = "inputs.json"
 """In a folder that is being made: what from, so that a later run knows whether to go on with it."""
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+"""Errors that a disk or its owner make, not this program."""
 _VERSIONED = ("torch", "transformers", "peft", "sentence-transformers", "scikit-learn")
 
 
@@ -65,6 +69,37 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Inside the block, what the disk refuses becomes a WorkspaceError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise WorkspaceError(
+            f"{folder} can't be written: {error.strerror}; make room, or choose another place"
+        ) from None
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `out` by rename if the block ends well, and nothing if it doesn't.
+
+    Raises:
+        WorkspaceError: if `out` is there already, or can't be written.
+    """
+    if out.exists() or out.is_symlink():
+        raise WorkspaceError(f"{out} is there already; choose another --out, or move it away")
+    with disk_errors(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+            partial = Path(scratch) / out.name
+            partial.mkdir()
+            yield partial
+            partial.rename(out)
+
+
 class Workspace:
     """A run's folder.
 
@@ -82,6 +117,8 @@ class Workspace:
     def is_current(self, name: str, inputs: dict[str, Any]) -> bool:
         """True if the stage's folder was made from exactly these inputs and still has its files."""
         folder = self.folder(name)
+        if is_main_process():
+            _restore(folder)
         manifest = _manifest(folder)
         if manifest is None or manifest["inputs"] != self._complete(inputs):
             return False
@@ -91,7 +128,12 @@ class Workspace:
         )
 
     def build(
-        self, name: str, inputs: dict[str, Any], make: Callable[[Path], None], *, resumable: bool = False
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        make: Callable[[Path], dict[str, str] | None],
+        *,
+        resumable: bool = False,
     ) -> Path:
         """Return the stage's folder, made anew by `make(folder)` unless it is current.
 
@@ -99,6 +141,7 @@ class Workspace:
         none. All processes of `accelerate launch` run `make`; the main one moves the folder.
 
         Args:
+            make: fills the folder; may return the sha256 of files that it knows from writing them.
             resumable: True if `make` goes on with what a killed run left; it is given that, if it was made from the
                 same inputs. An error leaves it, too.
 
@@ -115,22 +158,23 @@ class Workspace:
         partial = folder.with_name(f".{folder.name}.partial")
         if is_main_process():
             goes_on = resumable and _read_if_there(partial / _INPUTS) == self._complete(inputs)
-            if not goes_on:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            if resumable:
-                write_json(partial / _INPUTS, self._complete(inputs))
+            with disk_errors(self.root):
+                if not goes_on:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir(parents=True)
+                if resumable:
+                    write_json(partial / _INPUTS, self._complete(inputs))
         wait_for_everyone()
-        with contextlib.ExitStack() as if_it_fails:
+        with contextlib.ExitStack() as if_it_fails, disk_errors(self.root):
             if is_main_process() and not resumable:
                 if_it_fails.callback(shutil.rmtree, partial, ignore_errors=True)
-            make(partial)
+            known = make(partial)
+            wait_for_everyone()
+            if is_main_process():
+                (partial / _INPUTS).unlink(missing_ok=True)
+                _write_manifest(partial, self._complete(inputs), known or {})
+                _replace(folder, partial)
             if_it_fails.pop_all()
-        wait_for_everyone()
-        if is_main_process():
-            (partial / _INPUTS).unlink(missing_ok=True)
-            _write_manifest(partial, self._complete(inputs))
-            _replace(folder, partial)
         wait_for_everyone()
         return folder
 
@@ -176,19 +220,29 @@ def _manifest(folder: Path) -> Any:
     return manifest if isinstance(manifest, dict) and {"inputs", "outputs"} <= manifest.keys() else None
 
 
-def _write_manifest(folder: Path, inputs: dict[str, Any]) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    outputs = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files
-    }
+def _write_manifest(folder: Path, inputs: dict[str, Any], known: dict[str, str]) -> None:
+    outputs = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        outputs[name] = {"size": path.stat().st_size, "sha256": known.get(name) or file_sha256(path)}
     write_json(folder / MANIFEST, {"inputs": inputs, "outputs": outputs})
 
 
 def _replace(folder: Path, partial: Path) -> None:
-    """Put `partial` in the place of `folder`: two renames, and never a moment with half a folder."""
+    """Put `partial` in the place of `folder`: two renames, and never a moment with half a folder.
+
+    Who is killed between the two finds the old folder under its temporary name: `_restore` puts it back.
+    """
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _restore(folder: Path) -> None:
+    """Undo half a replacement."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mergekit_moe"
-GROUND = {"errors", "recipe", "workspace"}
-MATERIAL = {"architectures", "checkpoint", "data", "experts", "hub", "installed_text", "models", "training"}
+GROUND = {"errors", "recipe", "recipe_file", "workspace"}
+MATERIAL = {
+    *("adapters", "architectures", "checkpoint", "data", "experts", "hub", "installed_text", "models"),
+    *("training", "updates", "weights"),
+}
 STAGES = {"alignment", "cards", "evaluation", "export", "merging", "publication", "routing", "seed", "selection"}
-TOP = {"exporting", "job", "plan", "pipeline", "selecting", "cli", "__main__"}
+TOP = {"exporting", "job", "members", "plan", "pipeline", "selecting", "cli", "__main__"}
 MODELING = {"modeling"}
 
 

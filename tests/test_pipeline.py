@@ -18,7 +18,6 @@ import yaml
 from conftest import tiny_dense, write_adapter, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_moe import cli
 from mergekit_moe.workspace import file_sha256
 
 WORDS = {
@@ -76,21 +75,6 @@ def metamoe(*arguments: object, check: bool = True) -> subprocess.CompletedProce
     done = subprocess.run(command, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr
     return done
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line in this process: exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["metamoe", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as leaving:
-            cli.main()
-        output = capsys.readouterr()
-        return int(leaving.value.code or 0), output.out, output.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from mergekit_moe.errors import RecipeError
-from mergekit_moe.recipe import Seed, load_recipe
+from mergekit_moe.recipe import Seed
+from mergekit_moe.recipe_file import load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 CLIENT = {"private": {"dataset": "a.jsonl", "text": "{text}"}}

@@ -10,7 +10,7 @@ from mergekit_moe.data import IGNORED, batches, tokenize
 from mergekit_moe.errors import DataError
 from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
 from mergekit_moe.evaluation.tables import RESULTS
-from mergekit_moe.models import load_model, load_tokenizer, recorded_routers, scored_inputs
+from mergekit_moe.models import load_expert, load_model, load_tokenizer, recorded_routers, scored_inputs
 from mergekit_moe.recipe import Evaluation
 from mergekit_moe.workspace import write_json
 
@@ -32,7 +32,7 @@ class Domain(NamedTuple):
 
 def evaluate_models(
     base: Path,
-    adapters: dict[str, Path],
+    experts: dict[str, Path],
     unified: Path,
     domains: list[Domain],
     settings: Evaluation,
@@ -43,7 +43,7 @@ def evaluate_models(
     """Write results.json to the folder `out`: the seed, each expert alone, the soup and the unified model.
 
     Args:
-        adapters: expert's name -> its published folder; each runs as plain PEFT would run it.
+        experts: expert's name -> its published folder; each runs as PEFT or transformers would run it.
         unified: the unified model's folder.
         proxy_shares: how often each client's proxies carry its true tag, kept with the results.
     """
@@ -61,7 +61,7 @@ def evaluate_models(
                 f"{settings.max_length}; raise it"
             )
     losses = {SEED: _losses(load_model(base), domains, settings)}
-    losses.update(_adapter_losses(base, adapters, domains, settings))
+    losses.update(_expert_losses(base, experts, domains, settings))
     model = load_model(unified).eval()
     losses[OURS] = _losses(model, domains, settings)
     losses[OWN] = {d.name: losses[d.name][d.name] for d in domains}
@@ -113,27 +113,22 @@ def _losses(model: "PreTrainedModel", domains: list[Domain], settings: Evaluatio
     return results
 
 
-def _adapter_losses(
-    base: Path, adapters: dict[str, Path], domains: list[Domain], settings: Evaluation
+@torch.no_grad()
+def _expert_losses(
+    base: Path, experts: dict[str, Path], domains: list[Domain], settings: Evaluation
 ) -> dict[str, dict[str, Any]]:
-    """Each expert through plain PEFT, and the soup: the plain average of their weight differences."""
-    from peft import PeftModel
-
-    # PEFT makes modules of adapter names, which must not be names that a module already has.
-    loaded = {name: f"expert-{number}" for number, name in enumerate(adapters)}
-    first, *others = adapters
-    model = PeftModel.from_pretrained(load_model(base), str(adapters[first]), adapter_name=loaded[first])
-    for name in others:
-        model.load_adapter(str(adapters[name]), adapter_name=loaded[name])
-    # Each adapter's scale is worked out by now; the sum, made by concatenation, must have scale 1.
-    model.peft_config[loaded[first]].use_rslora = False
-    shares = [1.0 / len(loaded)] * len(loaded)
-    model.add_weighted_adapter([*loaded.values()], shares, SOUP, combination_type="cat")
+    """Each expert alone, and the soup: the plain average of all their weights."""
+    soup = load_model(base)
+    means = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in soup.parameters()]
     results = {}
-    for name, adapter in {**loaded, SOUP: SOUP}.items():
-        model.set_adapter(adapter)
+    for name, folder in experts.items():
+        model = load_expert(base, folder)
         results[name] = _losses(model, domains, settings)
-    return results
+        for mean, parameter in zip(means, model.parameters(), strict=True):
+            mean.add_(parameter, alpha=1.0 / len(experts))
+    for parameter, mean in zip(soup.parameters(), means, strict=True):
+        parameter.copy_(mean)
+    return {**results, SOUP: _losses(soup, domains, settings)}
 
 
 def _retention(losses: dict[str, Any], method: str, domains: list[Domain]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import Trainer
 from mergekit_moe.checkpoint import INDEX, read_config
 from mergekit_moe.data import batches
 from mergekit_moe.models import RouterCall, load_model, recorded_routers, routers_of, scored_inputs
-from mergekit_moe.recipe import Router, RouterTraining
+from mergekit_moe.recipe import NO_PROXIES, Router, RouterTraining
 from mergekit_moe.routing import start
 from mergekit_moe.routing.statistics import gather_statistics
 from mergekit_moe.training import train
@@ -141,7 +141,9 @@ def hold_out(proxies: "Dataset") -> tuple["Dataset", "Dataset"]:
 
 
 def _start(model: "PreTrainedModel", proxies: "Dataset", settings: Router, published: dict[str, Tensor]) -> None:
-    """Set every router to its closed form, at the temperature that suits it."""
+    """Set every router to its closed form, at the temperature that suits it; what the merge made stays."""
+    if settings.start in NO_PROXIES:
+        return
     if settings.start == "centroid":
         weights, biases = start.centroid(published["count"], published["sum"])
     else:

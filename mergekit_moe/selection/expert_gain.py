@@ -4,12 +4,14 @@ Shapes: N rows of the pool, B texts in a batch, T tokens.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mergekit_moe.adapters import ADAPTER_CONFIG
 from mergekit_moe.data import leading_tokens
 from mergekit_moe.selection.processes import ALONE, Processes
 from mergekit_moe.selection.relevance import Relevance
@@ -22,7 +24,7 @@ _HALF_AT, _STEEPNESS = 1.5, 4.0
 
 def write_expert_gains(
     base: Path,
-    adapter: Path,
+    expert: Path,
     texts: Sequence[str],
     out: Path,
     *,
@@ -34,10 +36,10 @@ def write_expert_gains(
 
     Args:
         base: folder of the base model and its tokenizer.
-        adapter: folder of the expert, a PEFT adapter of that base.
+        expert: folder of the expert, a PEFT adapter of that base or a fine-tune.
         max_length: tokens of a text that are read.
     """
-    fill(gain_of(base, adapter, max_length=max_length), texts, out, GAINS, processes=processes, wait=wait)
+    fill(gain_of(base, expert, max_length=max_length), texts, out, GAINS, processes=processes, wait=wait)
 
 
 def load_gains(folder: Path) -> NDArray[np.floating]:
@@ -45,14 +47,19 @@ def load_gains(folder: Path) -> NDArray[np.floating]:
     return np.load(folder / GAINS)[:, 0]
 
 
-def gain_of(base: Path, adapter: Path, *, max_length: int) -> Callable[[list[str]], tuple[NDArray[np.float64], int]]:
+def gain_of(base: Path, expert: Path, *, max_length: int) -> Callable[[list[str]], tuple[NDArray[np.float64], int]]:
     """Return a function of n texts: their (n, 1) gains, and how many were longer than `max_length`."""
     from peft import PeftModel
 
     from mergekit_moe.models import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(base)
-    model: Any = PeftModel.from_pretrained(load_model(base), str(adapter)).eval()
+    model: Any = load_model(base).eval()
+    if (expert / ADAPTER_CONFIG).is_file():
+        model = PeftModel.from_pretrained(model, str(expert)).eval()
+        alone: Any = None
+    else:
+        alone = load_model(expert).eval()
     # One token at least stands before the first that is judged.
     first = leading_tokens(tokenizer) or [tokenizer.eos_token_id or 0]
 
@@ -63,9 +70,10 @@ def gain_of(base: Path, adapter: Path, *, max_length: int) -> Callable[[list[str
         for at in range(0, len(order), _BATCH):
             places = order[at : at + _BATCH]
             batch = [tokens[place][:max_length] for place in places]
-            with model.disable_adapter():
+            # One copy of the base's weights serves an adapter and what it is compared with.
+            with model.disable_adapter() if alone is None else nullcontext():
                 without = _losses(model, batch)
-            found[places, 0] = without - _losses(model, batch)
+            found[places, 0] = without - _losses(model if alone is None else alone, batch)
         return found, sum(len(ids) > max_length for ids in tokens)
 
     return gains

@@ -1,0 +1,139 @@
+"""How an expert's FFNs are kept: factored where that is exact or asked for, else whole."""
+
+import functools
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergekit_moe.experts import Base, Expert, require_ffn_change
+from mergekit_moe.merging.compression import Spool, low_rank
+from mergekit_moe.recipe import Compression
+from mergekit_moe.updates import Update
+from mergekit_moe.weights import Planned
+
+
+class FfnExpert(NamedTuple):
+    """An expert as the merged model holds it, but for the values of its tensors."""
+
+    entry: dict[str, Any]
+    """In the config's `experts`."""
+    tensors: list[Planned]
+    errors: dict[str, float] = {}
+    """Weight -> relative error of its factors, where they were made by SVD."""
+
+    @property
+    def form(self) -> str:
+        """What it is, in words."""
+        if self.entry.get("kind") == "dense":
+            return "whole FFNs"
+        if not self.errors:
+            return "factored, exact"
+        mean, worst = sum(self.errors.values()) / len(self.errors), max(self.errors.values())
+        return f"factored by SVD, relative error {mean:.3g} in the mean and {worst:.3g} at most"
+
+
+def plan_expert(
+    expert: Expert, number: int, base: Base, compress: Compression | None, spool: Spool, *, seed: int
+) -> FfnExpert:
+    """Return how expert `number` is kept.
+
+    Raises:
+        ExpertError: if it changes no FFN.
+    """
+    require_ffn_change(expert, base)
+    weights = [
+        f"{block}.{projection}.weight" for block in base.blocks() for projection in base.architecture.projections
+    ]
+    biases = [name for weight in weights if (name := weight.removesuffix("weight") + "bias") in expert.updates]
+    updates = {name: expert.updates[name] for name in weights if name in expert.updates}
+    if not biases and all(update.is_low_rank for update in updates.values()):
+        return _factored(expert.name, number, base, updates)
+    if compress is not None and not biases:
+        return _compressed(expert.name, number, base, updates, compress, spool, seed)
+    return _whole(expert, number, base, [*weights, *(name.removesuffix("weight") + "bias" for name in weights)])
+
+
+def disk_name(weight: str, number: int, factor: str | None = None) -> str:
+    """Return where an expert's matrix lies in the merged model, from the name of the base's own."""
+    module, _, kind = weight.rpartition(".")
+    block, _, projection = module.rpartition(".")
+    part = kind if factor is None else f"lora_{factor}.{kind}"
+    return f"{block}.experts.{number}.{projection}.{part}"
+
+
+def _entry(name: str, scale: float, ranks: dict[str, int], base: Base) -> dict[str, Any]:
+    """Return an expert's entry in the config: one rank a projection, or one a layer where they differ."""
+    found: dict[str, Any] = {}
+    for projection in base.architecture.projections:
+        each = [ranks.get(f"{block}.{projection}.weight", 0) for block in base.blocks()]
+        if any(each):
+            found[projection] = each[0] if len(set(each)) == 1 else each
+    return {"name": name, "scale": scale, "ranks": found}
+
+
+def _factored(name: str, number: int, base: Base, updates: dict[str, Update]) -> FfnExpert:
+    """Keep the factors as they are. The config has one scale: where another was meant, B carries the rest."""
+    scale = Counter(update.scale for update in updates.values()).most_common(1)[0][0]
+    tensors = []
+    for weight, update in updates.items():
+        assert update.lora_A is not None
+        assert update.lora_B is not None
+        own = update.weights
+        read_A = functools.partial(own.read, update.lora_A)
+        tensors.append(
+            Planned(disk_name(weight, number, "A"), own.dtype(update.lora_A), own.shape(update.lora_A), read_A)
+        )
+        same = update.scale == scale
+        read_B = functools.partial(own.read, update.lora_B) if same else functools.partial(_scaled, update, scale)
+        # A product with the ratio fits 16 bits only by chance.
+        dtype = own.dtype(update.lora_B) if same or own.dtype(update.lora_B) == "F64" else "F32"
+        tensors.append(Planned(disk_name(weight, number, "B"), dtype, own.shape(update.lora_B), read_B))
+    return FfnExpert(_entry(name, scale, {weight: update.rank for weight, update in updates.items()}, base), tensors)
+
+
+def _scaled(update: Update, scale: float) -> Tensor:
+    lora_B = update.factors()[1]
+    dtype = torch.float64 if lora_B.dtype == torch.float64 else torch.float32
+    return (lora_B.double() * (update.scale / scale)).to(dtype)
+
+
+def _compressed(
+    name: str,
+    number: int,
+    base: Base,
+    updates: dict[str, Update],
+    compress: Compression,
+    spool: Spool,
+    seed: int,
+) -> FfnExpert:
+    """Factor what the expert changed; all of it now, since only then are the ranks known."""
+    tensors, errors, ranks = [], {}, {}
+    for weight, update in updates.items():
+        own = base.weights.read(weight)
+        factors = low_rank(update.difference(own), compress, seed=seed)
+        ranks[weight], errors[weight] = len(factors.lora_A), factors.error
+        if not ranks[weight]:
+            continue
+        for factor, matrix in (("A", factors.lora_A), ("B", factors.lora_B)):
+            kept = spool.add(matrix.to(own.dtype))
+            tensors.append(
+                Planned(disk_name(weight, number, factor), base.weights.dtype(weight), tuple(matrix.shape), kept)
+            )
+    return FfnExpert(_entry(name, 1.0, ranks, base), tensors, errors)
+
+
+def _whole(expert: Expert, number: int, base: Base, names: list[str]) -> FfnExpert:
+    """Keep every matrix and bias whole, those that the expert left alone included."""
+    tensors = []
+    for name in names:
+        if name in base.weights:
+            make = functools.partial(_own_tensor, name, base, expert)
+            tensors.append(Planned(disk_name(name, number), base.weights.dtype(name), base.weights.shape(name), make))
+    return FfnExpert({"name": expert.name, "kind": "dense"}, tensors)
+
+
+def _own_tensor(name: str, base: Base, expert: Expert) -> Tensor:
+    own = base.weights.read(name)
+    return expert.updates[name].apply(own) if name in expert.updates else own
