@@ -1,0 +1,122 @@
+"""Experts of a unified model on disk: one more, one less, and what is inside."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mergekit_moe.errors import ExpertError
+from mergekit_moe.experts import read_expert
+from mergekit_moe.exporting import proxies_from_file
+from mergekit_moe.hub import resolve_model
+from mergekit_moe.merging.membership import Unified, add, base_within, drop, read_unified
+from mergekit_moe.recipe import Router
+from mergekit_moe.workspace import new_folder
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def add_expert(
+    folder: Path,
+    source: str,
+    out: Path,
+    *,
+    name: str,
+    revision: str | None = None,
+    same_base: bool = False,
+    proxies: Path | None = None,
+    tell: Callable[[str], None] = print,
+) -> None:
+    """Write the unified model in `folder` with one more expert to the new folder `out`.
+
+    Args:
+        source: the expert's folder or Hub id.
+        same_base: the user vouches that the base model that the expert names is the one that was merged.
+        proxies: rows with `text` and `expert`, of every expert: the routers are fitted on them in closed form. Needed
+            where they were fitted before; the experts themselves are never touched.
+
+    Raises:
+        MetaMoeError: if the expert doesn't fit, or its routers can't be made.
+    """
+    unified = read_unified(folder)
+    if unified.fitted and proxies is None:
+        raise ExpertError(
+            f"the routers of {folder} were fitted on proxies, and the new expert's rows need its own: give --proxies, "
+            "rows with `text` and `expert` of every expert, or add it to the recipe and run that again"
+        )
+    resolved = resolve_model(source, revision, Path(), f"expert '{name}'")
+    expert = read_expert(name, resolved, base_within(unified), same_base=same_base)
+    with new_folder(out) as partial:
+        if proxies is None:
+            add(unified, expert, partial, tell)
+            return
+        with new_folder(partial.with_name("blank")) as blank:
+            add(unified, expert, blank, tell)
+        _fit(unified, partial.with_name("blank"), proxies, partial)
+
+
+def drop_expert(
+    folder: Path, name: str, out: Path, *, proxies: Path | None = None, tell: Callable[[str], None] = print
+) -> None:
+    """Write the unified model in `folder` without the expert `name` to the new folder `out`.
+
+    Args:
+        proxies: as for `add_expert`; without them, routers that were fitted keep the rows of those who stay.
+
+    Raises:
+        MetaMoeError: if there is no such expert, or it can't be taken out.
+    """
+    unified = read_unified(folder)
+    with new_folder(out) as partial:
+        if proxies is None:
+            drop(unified, name, partial)
+            if unified.fitted:
+                tell("the routers were fitted on the dropped expert's proxies too; --proxies fits them anew")
+            return
+        with new_folder(partial.with_name("blank")) as blank:
+            drop(unified, name, blank)
+        _fit(unified, partial.with_name("blank"), proxies, partial)
+
+
+def _fit(unified: Unified, blank: Path, proxies: Path, out: Path) -> None:
+    """Fit the routers of the model in `blank` in closed form, as those of `unified` were."""
+    from mergekit_moe.routing.training import fit_routers
+
+    rows: Dataset = proxies_from_file(proxies, blank)
+    logits = [unified.weights.read(name) for name in unified.weights if name.endswith("router.context_logit")]
+    weight = float(torch.sigmoid(torch.stack(logits).mean())) if logits else Router().context_weight
+    settings = Router(context=unified.config["router_context"], context_weight=weight, start="lda", training=None)
+    fit_routers(blank, rows, settings, published={}, seed=unified.report["seed"], out=out)
+
+
+def inspect_model(folder: Path) -> dict[str, Any]:
+    """Return what is inside a unified model: its base, and for each expert its source, licence, ranks, size and router.
+
+    `router_norm` is the mean over layers of the norm of the expert's row.
+    """
+    unified = read_unified(folder)
+    sources = {entry["name"]: entry for entry in unified.report["experts"]}
+    sizes = [0] * len(unified.names)
+    rows = []
+    for name in unified.weights:
+        number = name.partition(".experts.")[2].partition(".")[0]
+        if number.isdigit():
+            sizes[int(number)] += unified.weights.nbytes(name)
+        if name.endswith(".router.weight"):
+            rows.append(unified.weights.read(name).float().norm(dim=1))
+    norms = torch.stack(rows).mean(0).tolist()
+    experts = []
+    for entry, size, norm in zip(unified.config["experts"], sizes, norms, strict=True):
+        source = sources.get(entry["name"], {"source": "base", "revision": None, "license": None, "kept": "anchor"})
+        kept = {key: source[key] for key in ("source", "revision", "license", "kept")}
+        experts.append({"name": entry["name"], **kept, "ranks": entry.get("ranks"), "bytes": size, "router_norm": norm})
+    return {
+        "base_model": unified.report["base_model"],
+        "model_type": unified.config["model_type"],
+        "bytes": sum(unified.weights.nbytes(name) for name in unified.weights),
+        "top_k": unified.config["num_experts_per_tok"],
+        "router": {"start": unified.report["router_start"], "context": unified.config["router_context"]},
+        "experts": experts,
+    }

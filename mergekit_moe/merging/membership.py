@@ -1,0 +1,263 @@
+"""Experts that come to a unified model, or leave it: what is written is what a merge of the new set would write."""
+
+import functools
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergekit_moe.checkpoint import read_config, read_header, shards_of
+from mergekit_moe.errors import ExpertError
+from mergekit_moe.experts import Base, Expert
+from mergekit_moe.hub import Resolved
+from mergekit_moe.merging.compression import Spool
+from mergekit_moe.merging.ffn_experts import FfnExpert, plan_expert
+from mergekit_moe.merging.gates import GATES
+from mergekit_moe.merging.other_weights import find_differences, tell_differences
+from mergekit_moe.merging.output import copy_companions, in_type, write_checkpoint
+from mergekit_moe.merging.unify import CODE, REPORT, report_on_expert
+from mergekit_moe.recipe import Merge
+from mergekit_moe.weights import Planned, Weights
+from mergekit_moe.workspace import write_json
+
+_PREFIX = "metamoe_"
+_EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<number>\d+)\.(?P<rest>.+)")
+_ADDED = (
+    *("experts", "num_experts_per_tok", "norm_topk_prob", "router_context", "router_absolute_scores"),
+    *("router_excluded_token_ids", "auto_map"),
+)
+
+
+class Unified(NamedTuple):
+    """A unified model on disk, known by its config, headers and report."""
+
+    folder: Path
+    config: dict[str, Any]
+    report: dict[str, Any]
+    weights: Weights
+
+    @property
+    def names(self) -> list[str]:
+        return [expert["name"] for expert in self.config["experts"]]
+
+    @property
+    def fitted(self) -> bool:
+        """Whether its routers came from proxies, so that they can't be made again from weights alone."""
+        return self.report["router_start"] not in GATES
+
+    @property
+    def merge(self) -> Merge:
+        """How it was merged."""
+        return Merge(
+            **{key: value for key, value in self.report["merge"].items() if value is not None and key in _KEPT}
+        )
+
+
+_KEPT = ("top_k", "renormalise", "anchor", "other_weights", "compress", "dtype")
+
+
+def read_unified(folder: Path) -> Unified:
+    """Return a unified model, from its config and headers.
+
+    Raises:
+        ExpertError: if the folder holds none, or one that wasn't made by `metamoe`.
+    """
+    what = str(folder)
+    config = read_config(folder, "config.json", what)
+    if not str(config.get("model_type")).startswith(_PREFIX) or not config.get("experts"):
+        raise ExpertError(
+            f"{folder} holds a model of type {config.get('model_type')!r}, not one that `metamoe merge` made"
+        )
+    report = read_config(folder, REPORT, what)
+    if not {"base_model", "merge", "router_start", "experts", "seed"} <= report.keys():
+        raise ExpertError(f"{what}: {folder / REPORT} is not what `metamoe merge` writes; merge again")
+    return Unified(folder, config, report, Weights(folder, shards_of(folder, what), what))
+
+
+def base_within(unified: Unified) -> Base:
+    """Return the base model that a unified model still holds.
+
+    Where all its experts are whole FFNs it holds no FFN of the base; the first expert's stand there for their sizes.
+    """
+    config = {key: value for key, value in unified.config.items() if key not in _ADDED}
+    config["model_type"] = config["model_type"].removeprefix(_PREFIX)
+    named = unified.report["base_model"]
+    source = Resolved(unified.folder, named["source"], named["revision"])
+    shards = {}
+    for shard in sorted({unified.weights.shard(name) for name in unified.weights}):
+        header = read_header(unified.folder / shard, str(unified.folder))
+        own = {name: facts for name, facts in header.items() if ".router." not in name and not _EXPERT.fullmatch(name)}
+        for name, facts in header.items():
+            match = _EXPERT.fullmatch(name)
+            if match and match["number"] == "0" and ".lora_" not in name:
+                own.setdefault(f"{match['block']}.{match['rest']}", facts)
+        shards[shard] = own
+    return Base(source, config, Weights(unified.folder, shards, str(unified.folder)))
+
+
+def drop(unified: Unified, name: str, out: Path) -> None:
+    """Write the model without one expert to the folder `out`; the others' rows of the routers stay as they are.
+
+    Raises:
+        ExpertError: if there is no such expert, too few are left, or its weights are mixed into the others'.
+    """
+    if name not in unified.names:
+        raise ExpertError(f"{unified.folder} has no expert '{name}'; it has {', '.join(unified.names)}")
+    _require_unmixed(unified, f"expert '{name}' can't be dropped")
+    number = unified.names.index(name)
+    left = [expert for expert in unified.config["experts"] if expert["name"] != name]
+    if len(left) < max(2, unified.config["num_experts_per_tok"]):
+        raise ExpertError(
+            f"expert '{name}' can't be dropped: {len(left)} would be left, and the model sends every token to "
+            f"{unified.config['num_experts_per_tok']} of at least 2"
+        )
+    entries = [entry for entry in unified.report["experts"] if entry["name"] != name]
+    excluded = sorted({token for entry in entries for token in entry["domain_free_token_ids"]})
+    config = {**unified.config, "experts": left, "router_excluded_token_ids": excluded}
+    _write(
+        unified,
+        config,
+        {**unified.report, "experts": entries},
+        [*range(number), *range(number + 1, len(left) + 1)],
+        [],
+        out,
+    )
+
+
+def add(unified: Unified, expert: Expert, out: Path, tell: Any = lambda line: None) -> None:
+    """Write the model with one more expert to the folder `out`; the others and their rows stay as they are.
+
+    The new rows of the routers are made as the others were, or are blank where those were fitted on proxies.
+
+    Raises:
+        ExpertError: if the name is taken, or the expert doesn't fit.
+    """
+    if expert.name in unified.names:
+        raise ExpertError(
+            f"{unified.folder} already has an expert '{expert.name}'; drop it first, or choose another name"
+        )
+    _require_unmixed(unified, f"expert '{expert.name}' can't be added")
+    base, merge = base_within(unified), unified.merge
+    holds_ffn = all(name in unified.weights for name in _ffn_names(base))
+    if not holds_ffn and expert.is_adapter:
+        raise ExpertError(
+            f"expert '{expert.name}' is an adapter, and {unified.folder} holds no FFN of the base, since all its "
+            "experts are whole; merge them again with the adapter, or with merge.anchor"
+        )
+    differences = find_differences(base, [expert])
+    tell_differences(differences, merge.other_weights, tell)
+    anchor = int(merge.anchor)
+    number = len(unified.names) - anchor
+    spool, seed = Spool(out), unified.report["seed"]
+    compress = merge.compress if holds_ffn else None
+    member = plan_expert(expert, number, base, compress, spool, seed=seed)
+    tell(f"expert '{expert.name}': {member.form}")
+    if not holds_ffn and member.entry.get("kind") != "dense":
+        raise ExpertError(
+            f"expert '{expert.name}' needs the base's FFN, which {unified.folder} doesn't hold; merge again"
+        )
+    experts = list(unified.config["experts"])
+    experts.insert(number, member.entry)
+    entries = [*unified.report["experts"], report_on_expert(expert, member, differences[expert.name])]
+    excluded = sorted({token for entry in entries for token in entry["domain_free_token_ids"]})
+    config = {**unified.config, "experts": experts, "router_excluded_token_ids": excluded}
+    start, size = unified.report["router_start"], base.config["hidden_size"]
+
+    def row(layer: int) -> Tensor:
+        if unified.fitted:
+            return torch.zeros(size)
+        return GATES[start](base, expert, expert.name, layer, seed)
+
+    order: list[Any] = [*range(number), row, *range(number, len(unified.names))]
+    _write(unified, config, {**unified.report, "experts": entries}, order, [(number, member)], out)
+
+
+def _require_unmixed(unified: Unified, what: str) -> None:
+    if unified.merge.other_weights == "average":
+        raise ExpertError(
+            f"{what}: outside the FFNs, {unified.folder} holds the mean over its experts (merge.other_weights: "
+            "average), which changes with their number; merge again from the recipe"
+        )
+
+
+def _ffn_names(base: Base) -> list[str]:
+    return [f"{block}.{projection}.weight" for block in base.blocks() for projection in base.architecture.projections]
+
+
+def _write(
+    unified: Unified,
+    config: dict[str, Any],
+    report: dict[str, Any],
+    rows: list[Any],
+    added: list[tuple[int, FfnExpert]],
+    out: Path,
+) -> None:
+    """Write the changed model.
+
+    Args:
+        rows: for each expert of the new model its number in the old one, or what makes its row of a layer's router.
+        added: new experts and their numbers.
+    """
+    places = {old: new for new, old in enumerate(rows) if isinstance(old, int)}
+    whole = all(expert.get("kind") == "dense" for expert in config["experts"])
+    ffns = set() if not whole or config["router_excluded_token_ids"] else set(_ffn_modules(unified))
+    kept, experts, routers = [], [], []
+    by_expert: dict[int, list[Planned]] = {new: [] for new in range(len(rows))}
+    for name in unified.weights:
+        match = _EXPERT.fullmatch(name)
+        planned = _passed(unified.weights, name)
+        if match is not None:
+            if int(match["number"]) in places:
+                new = places[int(match["number"])]
+                by_expert[new].append(planned._replace(name=f"{match['block']}.experts.{new}.{match['rest']}"))
+        elif ".router." in name:
+            routers.append(name)
+        elif name.rpartition(".")[0] not in ffns:
+            kept.append(planned)
+    for number, member in added:
+        by_expert[number] = [in_type(tensor, unified.merge.dtype) for tensor in member.tensors]
+    experts = [tensor for number in sorted(by_expert) for tensor in by_expert[number]]
+    write_checkpoint(out, [kept, experts, [_rerouted(unified, name, rows) for name in _by_layer(routers)]])
+    write_json(out / "config.json", config)
+    write_json(out / REPORT, report)
+    copy_companions(base_within(unified), out)
+    for file in CODE:
+        shutil.copyfile(unified.folder / file, out / file)
+
+
+def _ffn_modules(unified: Unified) -> list[str]:
+    return [name.rpartition(".")[0] for name in _ffn_names(base_within(unified))]
+
+
+def _by_layer(names: list[str]) -> list[str]:
+    """Return router tensors in the order in which a merge writes them."""
+    parts = {"weight": 0, "bias": 1, "context_logit": 2}
+
+    def place(name: str) -> tuple[int, int]:
+        (layer,) = re.findall(r"\.(\d+)\.", name)
+        return int(layer), parts[name.rpartition(".")[2]]
+
+    return sorted(names, key=place)
+
+
+def _passed(weights: Weights, name: str) -> Planned:
+    return Planned(name, weights.dtype(name), weights.shape(name), functools.partial(weights.read, name))
+
+
+def _rerouted(unified: Unified, name: str, rows: list[Any]) -> Planned:
+    """Return a router's tensor for the new experts."""
+    planned = _passed(unified.weights, name)
+    if not planned.shape:
+        return planned
+    (layer,) = re.findall(r"\.(\d+)\.", name)
+
+    def make() -> Tensor:
+        old = planned.make()
+        if old.ndim == 1:
+            return torch.stack([old[row] if isinstance(row, int) else torch.zeros(()) for row in rows])
+        return torch.stack([old[row] if isinstance(row, int) else row(int(layer)) for row in rows])
+
+    return planned._replace(shape=(len(rows), *planned.shape[1:]), make=make)
