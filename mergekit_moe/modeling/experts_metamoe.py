@@ -68,14 +68,14 @@ class LowRank(nn.Module):
     def __init__(self, in_features: int, out_features: int, ranks: list[int]) -> None:
         super().__init__()
         self.ranks = ranks
-        self.starts = [sum(ranks[:expert]) for expert in range(len(ranks))]
+        self.rows = [slice(sum(ranks[:expert]), sum(ranks[: expert + 1])) for expert in range(len(ranks))]
         self.lora_A = nn.Parameter(torch.empty(sum(ranks), in_features))
         self.lora_B = nn.Parameter(torch.empty(sum(ranks), out_features))
 
     def factors(self, expert: int) -> tuple[Tensor, Tensor]:
         """Return views of one expert's A, (r, in), and B transposed, (r, out)."""
-        rows = self.starts[expert], self.ranks[expert]
-        return self.lora_A.narrow(0, *rows), self.lora_B.narrow(0, *rows)
+        rows = self.rows[expert]
+        return self.lora_A[rows], self.lora_B[rows]
 
 
 class Groups(NamedTuple):
@@ -89,8 +89,6 @@ class Groups(NamedTuple):
 
 def grouped_by_expert(expert_of_pair: Tensor, num_experts: int) -> Groups:
     """Return the groups of (P,) expert numbers, 0 to K; K is the seed's own FFN."""
-    if len(expert_of_pair) == 1:  # a step of generation
-        return Groups(None, [(int(expert_of_pair), 0, 1)])
     counts = torch.bincount(expert_of_pair, minlength=num_experts + 1).tolist()
     spans, last = [], 0
     for expert, count in enumerate(counts):
@@ -98,6 +96,23 @@ def grouped_by_expert(expert_of_pair: Tensor, num_experts: int) -> Groups:
             spans.append((expert, last, last + count))
             last += count
     return Groups(None if len(spans) == 1 else expert_of_pair.argsort(stable=True), spans)
+
+
+def add_low_rank(base: Tensor, inputs: Tensor, factors: tuple[Tensor, Tensor, float] | None) -> Tensor:
+    """Return base + scale * B A inputs, (n, out); without gradients it is written into `base`.
+
+    Args:
+        base: (n, out).
+        inputs: (n, in).
+        factors: see `FactoredExperts.factors`.
+    """
+    if factors is None:
+        return base
+    down, up, scale = factors
+    low = F.linear(inputs, down)
+    if not low.dtype == up.dtype == base.dtype:  # to ask costs less than `to`
+        low, up = low.to(base.dtype), up.to(base.dtype)
+    return (base.addmm if torch.is_grad_enabled() else base.addmm_)(low, up, alpha=scale)
 
 
 class FactoredExperts(nn.ModuleDict):
@@ -111,6 +126,17 @@ class FactoredExperts(nn.ModuleDict):
         self.overhead = added / sum(n_in * n_out for n_in, n_out in sizes.values())
         """What products with all experts' factors cost, over the base FFN's own."""
 
+    def factors(self, name: str, expert: int) -> tuple[Tensor, Tensor, float] | None:
+        """Return one expert's (A, B transposed, scale) for projection `name`, or None if it adds nothing there.
+
+        Args:
+            expert: its number; K is the seed's own FFN.
+        """
+        low_rank = self._modules.get(name.replace(".", "_"))
+        if low_rank is None or expert == len(self.scales) or not low_rank.ranks[expert]:
+            return None
+        return (*low_rank.factors(expert), self.scales[expert])
+
     def add_grouped(self, name: str, base: Tensor, inputs: Tensor, groups: Groups) -> Tensor:
         """Return base + scale * B A inputs, each run of rows by its own expert's factors; may write into `base`.
 
@@ -118,21 +144,15 @@ class FactoredExperts(nn.ModuleDict):
             base: (P, out), the projection's own product, in the groups' order.
             inputs: (P, in), likewise.
         """
-        name = name.replace(".", "_")
-        if name not in self._modules:
+        low_rank = self._modules.get(name.replace(".", "_"))
+        if low_rank is None:
             return base
-        low_rank, training = self[name], torch.is_grad_enabled()
         pieces = []
         for expert, first, last in groups.spans:
             alone = last - first == len(base)
-            piece = base if alone else base[first:last]
-            if expert < len(self.scales) and low_rank.ranks[expert]:
-                down, up = low_rank.factors(expert)
-                low = F.linear(inputs if alone else inputs[first:last], down).to(base.dtype)
-                add = piece.addmm if training else piece.addmm_
-                piece = add(low, up.to(base.dtype), alpha=self.scales[expert])
-            pieces.append(piece)
-        if not training:
+            rows = (base, inputs) if alone else (base[first:last], inputs[first:last])
+            pieces.append(add_low_rank(*rows, self.factors(name, expert)))
+        if not torch.is_grad_enabled():
             return base
         # No row for all the factors: experts without tokens get the gradient zero, which data-parallel
         # training waits for, rather than none.
@@ -208,7 +228,7 @@ class MoeBlock(nn.Module):
         """Return the MoE's output, (B, T, H), from the FFN's input."""
         call = self.call
         routing, cache_layer = call.routing, None
-        if call.cache is not None and self.router.context_logit is not None:
+        if call.cache is not None and self.router.context != "none":
             cache_layer = routed_cache_layer(call.cache, self.moe_layer_idx)
         seen = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6) if self.input_norm else hidden
         logits = self.router(seen, routing, cache_layer)
@@ -233,12 +253,12 @@ class MoeBlock(nn.Module):
     def shared(self, hidden: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
         """Return the part of experts around the shared FFN, (B, T, H); indices and weights are (B, T, k)."""
         output = (self.grouped if self.groups_pay(hidden) else self.side_by_side)(hidden, indices, weights)
+        if weights is None or not (self.top_k == 1 or not self.renormalise or self.dense_numbers):
+            return output
+        # An expert's output counts by its weight, bias included: in value without renormalisation or
+        # beside dense experts, in gradient at top-1.
         bias = self.part(self.form.output).bias
-        if bias is not None and weights is not None and (self.top_k == 1 or not self.renormalise or self.dense_numbers):
-            # An expert's output counts by its weight, bias included: in value without renormalisation or
-            # beside dense experts, in gradient at top-1.
-            output = output + (weights.sum(-1, keepdim=True) - 1.0).to(output.dtype) * bias
-        return output
+        return output if bias is None else output + (weights.sum(-1, keepdim=True) - 1.0).to(output.dtype) * bias
 
     def with_dense(self, hidden: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
         """Return the sum of the dense experts' part and of the part of those around the shared FFN, if any."""
@@ -272,7 +292,7 @@ class MoeBlock(nn.Module):
         """
         if torch.compiler.is_compiling():
             return False
-        return hidden.device.type == "cpu" or self.experts.overhead > 0.05
+        return hidden.is_cpu or self.experts.overhead > 0.05
 
     def grouped(self, hidden: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
         """Each expert's low-rank products on its own tokens; the base's products once, whatever k is.
@@ -283,6 +303,8 @@ class MoeBlock(nn.Module):
             indices: (B, T, k) expert numbers; K is the seed's own FFN.
             weights: (B, T, k), or None where all are 1.
         """
+        if indices.numel() == 1 and weights is None and not torch.is_grad_enabled():
+            return self.by_one_expert(hidden[0], int(indices)).unsqueeze(0)
         tokens = hidden.reshape(-1, hidden.shape[-1])
         groups = grouped_by_expert(indices.reshape(-1), self.num_experts)
         order = groups.order
@@ -312,6 +334,18 @@ class MoeBlock(nn.Module):
             silent = output.new_zeros(len(token), output.shape[-1])
             output = output.index_add(0, token, self.experts.add_grouped(name, silent, inner, groups))
         return output.reshape(hidden.shape)
+
+    def by_one_expert(self, tokens: Tensor, expert: int) -> Tensor:
+        """The same where one expert takes all of `tokens`, (N, H), with weight 1: a step of generation.
+
+        A step is short enough to feel what groups of a single token cost.
+        """
+        experts = self.experts
+
+        def project(name: str, inputs: Tensor) -> Tensor:
+            return add_low_rank(self.part(name)(inputs), inputs, experts.factors(name, expert))
+
+        return project(self.form.output, self.activate([project(name, tokens) for name in self.form.inputs]))
 
     def side_by_side(self, hidden: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
         """The same with all experts' ranks in one product, those of experts not chosen silenced."""

@@ -35,25 +35,31 @@ class NormAfterExperts(nn.Module):
 NORM_AFTER_FFN = "post_feedforward_layernorm"
 
 
+def tell(module: nn.Module, call: BlockCall | None) -> None:
+    """Set `module.call` past nn.Module's search for parameters, which a step of generation feels."""
+    object.__setattr__(module, "call", call)
+
+
 class MoeLayer(nn.Module):
     """Mixin over a native layer: hands the routing facts to its MoE block."""
 
     def forward(self, hidden_states: Tensor, *args: Any, routing: Routing, **kwargs: Any) -> Any:
         # The native layer calls its FFN with no way to pass more. Set here, inside the layer's own
         # forward, it is set again when gradient checkpointing runs the layer a second time.
-        block, norm = self.moe_block(), getattr(self, NORM_AFTER_FFN, None)
-        block.call = BlockCall(routing, kwargs.get("past_key_values", kwargs.get("layer_past")), norm is not None)
+        block, norm = self.moe_block(), self._modules.get(NORM_AFTER_FFN)
+        call = BlockCall(routing, kwargs.get("past_key_values", kwargs.get("layer_past")), norm is not None)
+        tell(block, call)
         if norm is not None:
-            norm.call = block.call
+            tell(norm, call)
         try:
             return super().forward(hidden_states, *args, **kwargs)
         finally:
-            block.call = None
+            tell(block, None)
             if norm is not None:
-                norm.call = None
+                tell(norm, None)
 
     def moe_block(self) -> MoeBlock:
-        return next(child for child in self.children() if isinstance(child, MoeBlock))
+        return next(child for child in self._modules.values() if isinstance(child, MoeBlock))
 
 
 class MoePostNormLayer(MoeLayer, MoeBlock):
