@@ -33,6 +33,7 @@ class Job:
         """Experts of whom nothing is known but their weights."""
         self.model = "model" if recipe.fits_routers else "merged"
         """The folder that holds the unified model in the end."""
+        self._resolved: dict[tuple[str, str | None], tuple[hub.Resolved, bool]] = {}
         self._rows: dict[str, tuple[Dataset | None, Dataset | None]] = {}
 
     @functools.cached_property
@@ -52,9 +53,16 @@ class Job:
     def _resolve_base(self, *, weights: bool) -> hub.Resolved:
         if isinstance(self.recipe.base_model, Seed):
             return hub.Resolved(self.workspace.folder("seed"), f"{self.name}-seed", None)
-        return hub.resolve_model(
-            self.recipe.base_model, self.recipe.revision, self.data_dir, "base_model", weights=weights
-        )
+        return self._resolve(self.recipe.base_model, self.recipe.revision, "base_model", weights=weights)
+
+    def _resolve(self, source: str, revision: str | None, what: str, *, weights: bool) -> hub.Resolved:
+        """Return a model, looked up once: a branch that moves while a run lasts doesn't change what is merged."""
+        pinned, fetched = self._resolved.get((source, revision), (None, False))
+        if pinned is None or (weights and not fetched):
+            at = pinned.revision if pinned is not None else revision
+            pinned = hub.resolve_model(source, at, self.data_dir, what, weights=weights)
+            self._resolved[source, revision] = pinned, weights
+        return pinned
 
     @functools.cached_property
     def base_weights(self) -> str:
@@ -63,16 +71,18 @@ class Job:
     @functools.cached_property
     def base_identity(self) -> str:
         """One digest of all that makes the base model."""
-        if self.base.revision is not None:
-            return digest([self.base.source, self.base.revision])
+        base = self._resolve_base(weights=False)
+        if base.revision is not None:
+            return digest([base.source, base.revision])
         return identity(self.base.folder, self.base_weights)
 
     @property
     def base_stamp(self) -> str:
         """The same for a merge, which is soon done again, without reading the weights."""
-        if self.base.revision is not None:
+        base = self._resolve_base(weights=False)
+        if base.revision is not None:
             return self.base_identity
-        return identity(self.base.folder, stamp(self.base.folder, "base_model"))
+        return identity(base.folder, stamp(base.folder, "base_model"))
 
     @property
     def base_license(self) -> str:
@@ -156,9 +166,7 @@ class Job:
             folder = f"experts/{source.name}"
             resolved = hub.Resolved(self.workspace.folder(folder), folder, None)
         else:
-            resolved = hub.resolve_model(
-                source.source, source.revision, self.data_dir, f"expert '{source.name}'", weights=weights
-            )
+            resolved = self._resolve(source.source, source.revision, f"expert '{source.name}'", weights=weights)
         here = weights or base.source.revision is None
         expert = read_expert(
             source.name,
@@ -175,9 +183,10 @@ class Job:
     def expert_identities(self) -> list[list[Any]]:
         """Return what changes whenever an expert does."""
         matters = ("base_weights", "domain_free_token_ids")
+        experts = [self.expert(source, weights=False) for source in self.recipe.experts]
         identities: list[list[Any]] = [
             [e.name, e.revision, [e.about.get(key) for key in matters], e.revision or published_files(e)]
-            for e in self.experts()
+            for e in experts
         ]
         picked = [self.workspace.digest_of(f"proxies/{source.name}", "select", (PROXIES,)) for source in self.foreign]
         return identities + ([picked] if picked else [])

@@ -149,13 +149,15 @@ class Workspace:
             WorkspaceError: if something that is no stage folder of ours stands in the way.
         """
         folder = self.folder(name)
+        partial = folder.with_name(f".{folder.name}.partial")
         if self.is_current(name, inputs):
             self.report(f"{name}: up to date")
+            if is_main_process():
+                shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
             wait_for_everyone()
             return folder
         self.require_free(name)
         self.report(f"{name}: building")
-        partial = folder.with_name(f".{folder.name}.partial")
         if is_main_process():
             goes_on = resumable and _read_if_there(partial / _INPUTS) == self._complete(inputs)
             with disk_errors(self.root):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     repositories: dict[str, Path]
     asked: list[str]
+    sent: dict[str, int]
+    """File's name -> bytes of it that were sent."""
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -50,7 +53,16 @@ class _Handler(BaseHTTPRequestHandler):
         content = (self.repositories[name] / file).read_bytes()
         assert revision == SHA, "every file is fetched at the pinned commit"
         etag = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        self._send(200, content, body, {"ETag": f'"{etag}"', "X-Repo-Commit": SHA})
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": SHA}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if wanted is None:
+            self.sent[file] = self.sent.get(file, 0) + (len(content) if body else 0)
+            self._send(200, content, body, headers)
+            return
+        first, last = int(wanted[1]), min(int(wanted[2]), len(content) - 1)
+        self.sent[file] = self.sent.get(file, 0) + last - first + 1
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        self._send(206, content[first : last + 1], body, headers)
 
     def _api(self, path: str, body: bool) -> None:
         parts = path.split("/")
@@ -83,10 +95,15 @@ def _entry(file: Path) -> dict[str, object]:
 
 
 @contextmanager
-def loopback_hub(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
-    """Serve folders as `org/name` repositories; yield the address and the list of paths asked for."""
+def loopback_hub(repositories: dict[str, Path], sent: dict[str, int] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Serve folders as `org/name` repositories; yield the address and the list of paths asked for.
+
+    Args:
+        sent: filled with how many bytes of each file were sent.
+    """
     asked: list[str] = []
-    handler = type("Handler", (_Handler,), {"repositories": repositories, "asked": asked})
+    sent = {} if sent is None else sent
+    handler = type("Handler", (_Handler,), {"repositories": repositories, "asked": asked, "sent": sent})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
