@@ -76,14 +76,17 @@ class Update(NamedTuple):
         return wide(self.exact(base)) - wide(base)
 
     def squared_norm(self, base: "Tensor") -> float:
-        """Return the squared Frobenius norm of the difference, without forming it where it is of low rank."""
+        """Return the squared Frobenius norm of the difference, without forming it where it is of low rank.
+
+        It isn't finite if a value of either isn't.
+        """
         import torch
 
         if self.is_low_rank:
             lora_A, lora_B = (factor.double() for factor in self.factors())
             return float(((lora_B.T @ lora_B) * (lora_A @ lora_A.T)).sum()) * self.scale**2
         if self.whole is not None and self.lora_A is None:
-            return squared_distance(self.weights.read(self.whole), base)
+            return squared_distance(self.weights.view(self.whole), base)
         return float(torch.linalg.vector_norm(self.difference(base), dtype=torch.float64)) ** 2
 
 

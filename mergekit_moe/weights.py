@@ -1,5 +1,6 @@
 """Weights that are read where they lie and written as they come: a merge holds a tensor, never a model."""
 
+import functools
 import hashlib
 import json
 import math
@@ -22,9 +23,9 @@ DTYPES = {
     **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
 }
 """safetensors' names of the types that can be merged -> torch's."""
-_PIECE = 1 << 20
-"""Bytes that are hashed and written at once, while they are in a cache."""
-CHUNK = 1 << 18
+_PIECE = 1 << 18
+"""Bytes that are looked at, hashed and written at once, while they are in a cache."""
+CHUNK = 1 << 16
 """Elements that are computed with at once where the result is one number: they fit into a cache."""
 
 
@@ -82,21 +83,27 @@ class Weights:
         Raises:
             ExpertError: if it holds a value that is not finite.
         """
+        tensor = self.view(name)
+        if not all_finite(tensor):
+            raise ExpertError(
+                f"{self.what}: {name} holds NaN or infinity ({self.shard(name)}); train it again, or drop it"
+            )
+        return tensor
+
+    def view(self, name: str) -> "Tensor":
+        """Return the same unchecked, for who sees by the result whether all values were finite."""
         import torch
 
         shard, facts = self._where[name]
-        dtype, shape = torch_dtype(facts["dtype"]), facts["shape"]
-        if facts["data_offsets"][0] == facts["data_offsets"][1]:
-            return torch.empty(shape, dtype=dtype)
+        dtype, (first, last) = torch_dtype(facts["dtype"]), facts["data_offsets"]
+        if first == last:
+            return torch.empty(facts["shape"], dtype=dtype)
         data = self._map(shard)
-        start = 8 + int.from_bytes(data[:8], "little") + facts["data_offsets"][0]
+        start = 8 + int.from_bytes(data[:8], "little") + first
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            count = (facts["data_offsets"][1] - facts["data_offsets"][0]) // dtype.itemsize
-            tensor = torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(shape)
-        if not all_finite(tensor):
-            raise ExpertError(f"{self.what}: {name} holds NaN or infinity ({shard}); train it again, or drop it")
-        return tensor
+            tensor = torch.frombuffer(data, dtype=dtype, count=(last - first) // dtype.itemsize, offset=start)
+        return tensor.view(facts["shape"])
 
     def _map(self, shard: str) -> mmap.mmap:
         if shard not in self._maps:
@@ -114,6 +121,8 @@ class Planned(NamedTuple):
     shape: tuple[int, ...]
     make: "Callable[[], Tensor]"
     """Called once, when its turn comes."""
+    check: "Callable[[], Tensor] | None" = None
+    """The same, but says what is wrong with a value that isn't finite; where `make` itself doesn't look."""
 
     @property
     def nbytes(self) -> int:
@@ -139,6 +148,17 @@ def all_finite(tensor: "Tensor") -> bool:
 def chunks(tensor: "Tensor") -> "tuple[Tensor, ...]":
     """Return flat views that together are the tensor."""
     return tensor.reshape(-1).split(CHUNK)
+
+
+def passed_through(weights: Weights, name: str, new_name: str | None = None) -> Planned:
+    """Return a tensor that is written as it is; the writer looks at its values while it has them at hand."""
+    return Planned(
+        new_name or name,
+        weights.dtype(name),
+        weights.shape(name),
+        functools.partial(weights.view, name),
+        functools.partial(weights.read, name),
+    )
 
 
 def planned_bytes(sections: list[list[Planned]]) -> int:
@@ -203,8 +223,9 @@ def _write_shard(path: Path, tensors: list[Planned], told: Callable[[int], None]
             values = planned.make()
             assert tuple(values.shape) == planned.shape, planned.name
             assert values.dtype == torch_dtype(planned.dtype), planned.name
-            data = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-            for start in range(0, len(data), _PIECE):
-                write(data[start : start + _PIECE])
+            for piece in values.contiguous().reshape(-1).split(_PIECE // values.element_size()):
+                if planned.check is not None and not torch.isfinite(piece.sum()):
+                    planned.check()
+                write(piece.view(torch.uint8).numpy().data)
             told(planned.nbytes)
     return header, sha256.hexdigest()

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_dense, write_adapter, write_jsonl
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_moe.workspace import file_sha256
@@ -276,6 +277,86 @@ def test_a_foreign_adapter_gets_its_proxies_by_expert_gain(
     assert len(set(picked["rows"])) == values["selection"]["budget"]
     assert gains[picked["rows"]].mean() > gains.mean() + gains.std() / 2
     assert (tmp_path / "ws" / "model" / "config.json").is_file()
+
+
+def test_a_fine_tune_found_somewhere_and_an_anchor_walk_the_whole_line(
+    finished: tuple[Path, Path, str], tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """An adapter with proxies, a whole model with none, and the seed's own FFN for all other text."""
+    recipe, trained, _ = finished
+    base = AutoModelForCausalLM.from_pretrained(trained / "seed")
+    tuned = PeftModel.from_pretrained(base, trained / "experts" / "algebra").merge_and_unload()
+    with torch.no_grad():
+        tuned.model.norm.weight.mul_(1.01)
+    tuned.save_pretrained(tmp_path / "tuned")
+    shutil.copy(trained / "seed" / "tokenizer.json", tmp_path / "tuned")
+    values = yaml.safe_load(recipe.read_text())
+    tests = {name: {"dataset": f"{name}.jsonl", "text": "{text}", "limit": 8} for name in ("cooking", "algebra")}
+    values |= {
+        "base_model": str(trained / "seed"),
+        "router": {"training": None},
+        "merge": {"anchor": True},
+        "experts": [
+            {"name": "cooking", "source": str(trained / "experts" / "cooking"), "test": tests["cooking"]},
+            {"name": "algebra", "source": str(tmp_path / "tuned"), "proxies": "expert-gain", "test": tests["algebra"]},
+        ],
+    }
+    mixed = recipe.with_name("mixed.yaml")
+    mixed.write_text(yaml.safe_dump(values))
+    code, printed, error = command("run", mixed, "--workspace", tmp_path / "ws")
+    assert code == 0, error
+    assert "expert 'algebra': changes outside the FFNs, left out: model.norm.weight (1 tensor, 32 weights" in printed
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ws" / "model")
+    assert [expert["name"] for expert in model.config.experts] == ["cooking", "algebra", "anchor"]
+    assert model.model.layers[0].mlp.router.weight.norm(dim=1).min() > 0
+    losses = json.loads((tmp_path / "ws" / "evaluation" / "results.json").read_text())["methods"]
+    assert losses["algebra"]["algebra"]["loss"] < losses["seed"]["algebra"]["loss"]
+    card = (tmp_path / "ws" / "model" / "README.md").read_text()
+    assert "| algebra | tuned | folder | full fine-tune | whole FFNs |" in card
+    assert "one more expert, `anchor`, is the base's own FFN" in card
+    assert "algebra: `model.norm.weight` (0.01 of the base's norm); left out" in card
+    assert str(tmp_path) not in card
+    code, printed, _ = command("inspect", tmp_path / "ws" / "model")
+    assert code == 0
+    assert "anchor" in printed
+
+
+def test_a_recipe_without_a_pool_runs_to_a_card(
+    tmp_path: Path, base_folder: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    for name, seed in (("law", 1), ("news", 2)):
+        write_adapter(base_folder, tmp_path / name, seed)
+    experts = [{"name": name, "source": name} for name in ("law", "news")]
+    recipe = {"base_model": "base", "experts": experts, "router": {"start": "arrow", "context": "none"}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    code, printed, error = command("run", tmp_path / "r.yaml", "--workspace", tmp_path / "ws")
+    assert code == 0, error
+    assert f"model: {tmp_path / 'ws' / 'merged'}" in printed
+    card = (tmp_path / "ws" / "merged" / "README.md").read_text()
+    assert "takes absolute scores. No proxies were used." in card
+    assert "## Results" not in card
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "ws" / "merged"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code, _, error = command("train-router", tmp_path / "r.yaml", "--workspace", tmp_path / "ws")
+    assert code == 2
+    assert "this recipe has nothing for `metamoe train-router` to do" in error
+
+
+@pytest.mark.parametrize("method", ["soup", "task-arithmetic", "ties", "dare"])
+def test_a_dense_merge_is_a_model_of_the_base_s_kind(
+    tmp_path: Path, base_folder: Path, command: Callable[..., tuple[int, str, str]], method: str
+) -> None:
+    for name, seed in (("law", 1), ("news", 2)):
+        write_adapter(base_folder, tmp_path / name, seed)
+    experts = [{"name": name, "source": name} for name in ("law", "news")]
+    recipe = {"base_model": "base", "experts": experts, "merge": {"method": method, "dtype": "bfloat16"}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, error = command("run", tmp_path / "r.yaml", "--workspace", tmp_path / "ws")
+    assert code == 0, error
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ws" / "merged")
+    assert (type(model).__name__, model.dtype) == ("LlamaForCausalLM", torch.bfloat16)
+    assert [path.name for path in (tmp_path / "ws").iterdir()] == ["merged"]
 
 
 def test_the_code_block_in_the_card_runs(finished: tuple[Path, Path, str]) -> None:

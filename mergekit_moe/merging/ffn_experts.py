@@ -11,7 +11,7 @@ from mergekit_moe.experts import Base, Expert, require_ffn_change
 from mergekit_moe.merging.compression import Spool, low_rank
 from mergekit_moe.recipe import Compression
 from mergekit_moe.updates import Update
-from mergekit_moe.weights import Planned
+from mergekit_moe.weights import Planned, passed_through
 
 
 class FfnExpert(NamedTuple):
@@ -81,15 +81,13 @@ def _factored(name: str, number: int, base: Base, updates: dict[str, Update]) ->
         assert update.lora_A is not None
         assert update.lora_B is not None
         own = update.weights
-        read_A = functools.partial(own.read, update.lora_A)
-        tensors.append(
-            Planned(disk_name(weight, number, "A"), own.dtype(update.lora_A), own.shape(update.lora_A), read_A)
-        )
-        same = update.scale == scale
-        read_B = functools.partial(own.read, update.lora_B) if same else functools.partial(_scaled, update, scale)
-        # A product with the ratio fits 16 bits only by chance.
-        dtype = own.dtype(update.lora_B) if same or own.dtype(update.lora_B) == "F64" else "F32"
-        tensors.append(Planned(disk_name(weight, number, "B"), dtype, own.shape(update.lora_B), read_B))
+        tensors.append(passed_through(own, update.lora_A, disk_name(weight, number, "A")))
+        planned_B = passed_through(own, update.lora_B, disk_name(weight, number, "B"))
+        if update.scale != scale:
+            # A product with the ratio fits 16 bits only by chance.
+            dtype = "F64" if planned_B.dtype == "F64" else "F32"
+            planned_B = planned_B._replace(dtype=dtype, make=functools.partial(_scaled, update, scale), check=None)
+        tensors.append(planned_B)
     return FfnExpert(_entry(name, scale, {weight: update.rank for weight, update in updates.items()}, base), tensors)
 
 
@@ -129,11 +127,14 @@ def _whole(expert: Expert, number: int, base: Base, names: list[str]) -> FfnExpe
     tensors = []
     for name in names:
         if name in base.weights:
-            make = functools.partial(_own_tensor, name, base, expert)
-            tensors.append(Planned(disk_name(name, number), base.weights.dtype(name), base.weights.shape(name), make))
+            tensors.append(_own_tensor(name, disk_name(name, number), base, expert.updates.get(name)))
     return FfnExpert({"name": expert.name, "kind": "dense"}, tensors)
 
 
-def _own_tensor(name: str, base: Base, expert: Expert) -> Tensor:
-    own = base.weights.read(name)
-    return expert.updates[name].apply(own) if name in expert.updates else own
+def _own_tensor(name: str, new_name: str, base: Base, update: Update | None) -> Planned:
+    planned = passed_through(base.weights, name, new_name)
+    if update is None:
+        return planned
+    if update.whole is not None and update.lora_A is None and update.weights.dtype(update.whole) == planned.dtype:
+        return passed_through(update.weights, update.whole, new_name)
+    return planned._replace(make=lambda: update.apply(base.weights.read(name)), check=None)

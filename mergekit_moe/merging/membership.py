@@ -1,6 +1,5 @@
 """Experts that come to a unified model, or leave it: what is written is what a merge of the new set would write."""
 
-import functools
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +19,7 @@ from mergekit_moe.merging.other_weights import find_differences, tell_difference
 from mergekit_moe.merging.output import copy_companions, in_type, write_checkpoint
 from mergekit_moe.merging.unify import CODE, REPORT, report_on_expert
 from mergekit_moe.recipe import Merge
-from mergekit_moe.weights import Planned, Weights
+from mergekit_moe.weights import Planned, Weights, passed_through
 from mergekit_moe.workspace import write_json
 
 _PREFIX = "metamoe_"
@@ -208,15 +207,15 @@ def _write(
     by_expert: dict[int, list[Planned]] = {new: [] for new in range(len(rows))}
     for name in unified.weights:
         match = _EXPERT.fullmatch(name)
-        planned = _passed(unified.weights, name)
         if match is not None:
             if int(match["number"]) in places:
                 new = places[int(match["number"])]
-                by_expert[new].append(planned._replace(name=f"{match['block']}.experts.{new}.{match['rest']}"))
+                renamed = f"{match['block']}.experts.{new}.{match['rest']}"
+                by_expert[new].append(passed_through(unified.weights, name, renamed))
         elif ".router." in name:
             routers.append(name)
         elif name.rpartition(".")[0] not in ffns:
-            kept.append(planned)
+            kept.append(passed_through(unified.weights, name))
     for number, member in added:
         by_expert[number] = [in_type(tensor, unified.merge.dtype) for tensor in member.tensors]
     experts = [tensor for number in sorted(by_expert) for tensor in by_expert[number]]
@@ -243,13 +242,9 @@ def _by_layer(names: list[str]) -> list[str]:
     return sorted(names, key=place)
 
 
-def _passed(weights: Weights, name: str) -> Planned:
-    return Planned(name, weights.dtype(name), weights.shape(name), functools.partial(weights.read, name))
-
-
 def _rerouted(unified: Unified, name: str, rows: list[Any]) -> Planned:
     """Return a router's tensor for the new experts."""
-    planned = _passed(unified.weights, name)
+    planned = passed_through(unified.weights, name)
     if not planned.shape:
         return planned
     (layer,) = re.findall(r"\.(\d+)\.", name)
@@ -260,4 +255,4 @@ def _rerouted(unified: Unified, name: str, rows: list[Any]) -> Planned:
             return torch.stack([old[row] if isinstance(row, int) else torch.zeros(()) for row in rows])
         return torch.stack([old[row] if isinstance(row, int) else row(int(layer)) for row in rows])
 
-    return planned._replace(shape=(len(rows), *planned.shape[1:]), make=make)
+    return planned._replace(shape=(len(rows), *planned.shape[1:]), make=make, check=None)

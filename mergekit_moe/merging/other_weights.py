@@ -1,6 +1,7 @@
 """What experts changed outside their FFNs, of which one model holds a single copy: found, told, and dealt with."""
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from torch import Tensor
 from mergekit_moe.errors import ExpertError
 from mergekit_moe.experts import Base, Expert
 from mergekit_moe.updates import squared_distance, wide
-from mergekit_moe.weights import Planned, chunks
+from mergekit_moe.weights import Planned, chunks, passed_through
 
 
 class Difference(NamedTuple):
@@ -38,15 +39,19 @@ def _differences(base: Base, expert: Expert, norms: dict[str, float]) -> list[Di
     groups: dict[str, list[tuple[str, float]]] = {}
     for name, update in expert.updates.items():
         if not base.is_ffn(name):
-            change = update.squared_norm(base.weights.read(name))
+            change = update.squared_norm(base.weights.view(name))
+            if not math.isfinite(change):
+                update.exact(base.weights.read(name))  # whose tensor it is that holds NaN or infinity
+                if update.whole is not None:
+                    update.weights.read(update.whole)
             if change > 0.0:
                 groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append((name, change))
     found = []
     for module, changes in groups.items():
         for name, _ in changes:
             if name not in norms:
-                norms[name] = squared_distance(base.weights.read(name))
-        parameters = sum(base.weights.read(name).numel() for name, _ in changes)
+                norms[name] = squared_distance(base.weights.view(name))
+        parameters = sum(math.prod(base.weights.shape(name)) for name, _ in changes)
         norm = sum(norms[name] for name, _ in changes)
         relative = (sum(change for _, change in changes) / norm) ** 0.5 if norm else float("inf")
         found.append(Difference(module, len(changes), parameters, relative))
@@ -76,10 +81,9 @@ def tell_differences(differences: dict[str, list[Difference]], policy: str, tell
 def planned_other(name: str, base: Base, experts: list[Expert], policy: str) -> Planned:
     """Return how a tensor outside the FFNs is made: the base's own, or the mean over the experts."""
     weights = base.weights
-    make = functools.partial(weights.read, name)
-    if policy == "average" and any(name in expert.updates for expert in experts):
-        make = functools.partial(_mean, name, base, experts)
-    return Planned(name, weights.dtype(name), weights.shape(name), make)
+    if policy != "average" or not any(name in expert.updates for expert in experts):
+        return passed_through(weights, name)
+    return Planned(name, weights.dtype(name), weights.shape(name), functools.partial(_mean, name, base, experts))
 
 
 def _mean(name: str, base: Base, experts: list[Expert]) -> Tensor:

@@ -68,8 +68,8 @@ def in_type(tensor: Planned, dtype: str | None) -> Planned:
     if dtype is None or not torch_dtype(tensor.dtype).is_floating_point:
         return tensor
     name = next(name for name, known in DTYPES.items() if known == dtype)
-    return tensor._replace(dtype=name, make=functools.partial(_cast, tensor, getattr(torch, dtype)))
+    return tensor._replace(dtype=name, make=functools.partial(_cast, tensor, getattr(torch, dtype)), check=None)
 
 
 def _cast(tensor: Planned, dtype: torch.dtype) -> Tensor:
-    return tensor.make().to(dtype)
+    return (tensor.check or tensor.make)().to(dtype)
