@@ -199,6 +199,16 @@ def write_weights(
     return {name: sha256 for name, (_, sha256) in written.items()}
 
 
+def _not_finite(planned: Planned) -> ExpertError:
+    """Return what is wrong with a tensor that holds NaN or infinity."""
+    if planned.check is not None:
+        planned.check()  # names whose tensor it is
+    return ExpertError(
+        f"merge: {planned.name} holds NaN or infinity as {DTYPES[planned.dtype]}; choose a merge.dtype of wider "
+        "range, such as bfloat16, or leave out the expert with such large weights"
+    )
+
+
 def _write_shard(path: Path, tensors: list[Planned], told: Callable[[int], None]) -> tuple[Header, str]:
     """Write one shard; return its header and its sha256, taken while the bytes are at hand."""
     import torch
@@ -224,8 +234,8 @@ def _write_shard(path: Path, tensors: list[Planned], told: Callable[[int], None]
             assert tuple(values.shape) == planned.shape, planned.name
             assert values.dtype == torch_dtype(planned.dtype), planned.name
             for piece in values.contiguous().reshape(-1).split(_PIECE // values.element_size()):
-                if planned.check is not None and not torch.isfinite(piece.sum()):
-                    planned.check()
+                if not all_finite(piece):
+                    raise _not_finite(planned)
                 write(piece.view(torch.uint8).numpy().data)
             told(planned.nbytes)
     return header, sha256.hexdigest()

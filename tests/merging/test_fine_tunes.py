@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import FFN, PROJECTIONS, randomise, tiny_dense, tokens, write_adapter
 from merging_tools import base_of, merge, read
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_moe.errors import ExpertError
@@ -213,3 +213,15 @@ def test_the_result_can_be_of_another_type(base_folder: Path, tmp_path: Path) ->
     for name, tensor in single.state_dict().items():
         wanted = tensor if ".router." in name else tensor.bfloat16()
         assert torch.equal(model.state_dict()[name], wanted), name
+
+
+def test_a_result_that_overflows_its_type_is_refused(base_folder: Path, tmp_path: Path) -> None:
+    """Every weight of the inputs is finite; in float16 one isn't any more."""
+    tuned = fine_tune(base_folder, tmp_path / "t", 1)
+    tensors = load_file(tuned / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = 1e5
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    experts = [read(base_folder, tuned, "tuned")] * 2
+    merge(base_folder, experts, tmp_path / "wide", dtype="bfloat16")
+    with pytest.raises(ExpertError, match=r"layers.1.mlp.experts.0.up_proj.weight holds NaN or infinity as float16"):
+        merge(base_folder, experts, tmp_path / "narrow", dtype="float16")
