@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from mergekit_moe.errors import RecipeError
 from mergekit_moe.recipe import Recipe
 
 _PACKAGE = Path(__file__).parent
@@ -23,33 +24,106 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def common_license(given: str | None, inputs: dict[str, str]) -> tuple[str, str]:
-    """Return (licence, note): the inputs' own where all agree, the recipe's where given, else `other`."""
+def common_license(given: str | None, inputs: dict[str, str]) -> str | None:
+    """Return what the recipe says, else the inputs' own licence where all agree; None if nothing can be said."""
     if given is not None:
-        return given, ""
-    if len(set(inputs.values())) == 1 and "unknown" not in inputs.values():
-        return next(iter(inputs.values())), ""
-    listed = ", ".join(f"{name}: {license}" for name, license in inputs.items())
-    return "other", f"The inputs' licences differ or are unknown ({listed}); set `card.license` in the recipe."
+        return given
+    (first, *others) = set(inputs.values()) or {"unknown"}
+    return None if others or first == "unknown" else first
+
+
+def require_license(given: str | None, inputs: dict[str, str]) -> str:
+    """Return the unified model's licence.
+
+    Raises:
+        RecipeError: if the inputs' licences differ or one is unknown, until the recipe says what the result's is.
+    """
+    license = common_license(given, inputs)
+    if license is None:
+        listed = ", ".join(f"{name} {license}" for name, license in inputs.items())
+        raise RecipeError(
+            f"card.license: the inputs' licences differ or are unknown ({listed}), and no file can tell what that "
+            "makes of the unified model's; set card.license in the recipe"
+        )
+    return license
+
+
+def model_metadata(
+    *,
+    library: str,
+    license: str,
+    base_models: list[str],
+    relation: str,
+    datasets: list[str],
+    tags: list[str],
+    language: list[str] | None = None,
+    name: str | None = None,
+    losses: dict[str, dict[str, float]] | None = None,
+) -> str:
+    """Return a model card's metadata, as the Hub reads it, in YAML.
+
+    Args:
+        base_models: Hub ids; with none there is no relation either.
+        relation: the Hub's word for what the model is of its base: adapter, finetune or merge.
+        losses: domain -> metric's name -> value, for the model index; needs `name`.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult("text-generation", dataset_type=domain, dataset_name=domain, metric_type=metric, metric_value=value)
+        for domain, values in (losses or {}).items()
+        for metric, value in values.items()
+    ]
+    related: dict[str, Any] = {"base_model": base_models, "base_model_relation": relation} if base_models else {}
+    return ModelCardData(
+        library_name=library,
+        license=license,
+        pipeline_tag="text-generation",
+        datasets=datasets or None,
+        language=language or None,
+        tags=tags,
+        model_name=name if results else None,
+        eval_results=results or None,
+        **related,
+    ).to_yaml()
+
+
+def dataset_metadata(*, license: str, rows: int, sources: list[str]) -> str:
+    """Return a data set card's metadata, in YAML.
+
+    Args:
+        sources: Hub ids of the data sets that the rows come from.
+    """
+    from huggingface_hub import DatasetCardData
+
+    sizes = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K"}
+    size = next((name for limit, name in sizes.items() if rows < limit), "100K<n<1M")
+    return DatasetCardData(
+        license=license,
+        size_categories=[size],
+        source_datasets=sources or None,
+        tags=["mergekit_moe", "proxies"],
+        configs=[{"config_name": "default", "data_files": "proxies.jsonl"}],
+    ).to_yaml()
 
 
 def public_recipe(recipe: Recipe) -> str:
     """Return the recipe as YAML without what describes private data, or where data lies on a machine."""
     values = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"data_dir"})
     values["experts"] = [
-        {key: _placeless(value) for key, value in expert.items() if key not in ("client", "test")}
+        {key: placeless(value) for key, value in expert.items() if key not in ("client", "test")}
         for expert in values["experts"]
     ]
     if isinstance(values["base_model"], str):
-        values["base_model"] = _placeless(values["base_model"])
+        values["base_model"] = placeless(values["base_model"])
     pools = values.get("public_pool", [])
     for pool in pools if isinstance(pools, list) else [pools]:
-        pool.update({"dataset": _placeless(pool["dataset"])} if "dataset" in pool else {})
+        pool.update({"dataset": placeless(pool["dataset"])} if "dataset" in pool else {})
     if "embedder" in values.get("selection", {}):
-        values["selection"]["embedder"] = _placeless(values["selection"]["embedder"])
+        values["selection"]["embedder"] = placeless(values["selection"]["embedder"])
     return yaml.safe_dump(values, sort_keys=False).strip()
 
 
-def _placeless(source: str) -> str:
+def placeless(source: str) -> str:
     """Return a Hub id as it is, and a path's last part without where it lies."""
     return source if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.startswith(".") else Path(source).name

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_moe import cards, data, selecting
+from mergekit_moe import carding, cards, data, selecting
 from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG
-from mergekit_moe.checkpoint import license_of, read_config
+from mergekit_moe.checkpoint import license_of
 from mergekit_moe.errors import DataError, ExpertError, RecipeError, WorkspaceError
 from mergekit_moe.experts import PROXIES, STATISTICS, read_proxies
-from mergekit_moe.job import POOL, Job, published_files
+from mergekit_moe.job import Job, published_files
 from mergekit_moe.plan import plan
-from mergekit_moe.recipe import ANCHOR, ExpertSource, Recipe, Seed
+from mergekit_moe.recipe import ANCHOR, ExpertSource, Seed
 from mergekit_moe.workspace import digest, is_main_process, read_json
 
 if TYPE_CHECKING:
@@ -51,7 +51,12 @@ def run(job: Job, only: str | None = None) -> None:
         if not checked:
             checked = True
             merging = only is None or COMMANDS.index(only) >= COMMANDS.index("merge")
-            plan(job, merging=merging, base=only != "select" or bool(job.foreign))
+            plan(
+                job,
+                merging=merging,
+                base=only != "select" or bool(job.foreign),
+                carding=only in (None, "card") and job.recipe.merge.method == "moe",
+            )
 
     try:
         for step in steps(job):
@@ -76,7 +81,7 @@ def run(job: Job, only: str | None = None) -> None:
     if only is not None and not done:
         raise RecipeError(f"this recipe has nothing for `metamoe {only}` to do; `metamoe check` prints what it will do")
     if only in (None, "card") and job.recipe.merge.method == "moe":
-        _place_card(job)
+        carding.place_card(job)
 
 
 def steps(job: Job) -> Iterator[Step]:
@@ -143,6 +148,13 @@ def steps(job: Job) -> Iterator[Step]:
         }
         base = {"base": job.base_identity}
         yield Step("publish", f"experts/{client.name}", inputs | base | pool, functools.partial(_publish, job, client))
+        inputs = {
+            "proxies": inputs["proxies"],
+            "selection": recipe.selection.model_dump(mode="json"),
+            "licenses": [source.license for source in recipe.pool_sources],
+        }
+        make = functools.partial(_publish_proxies, job, client)
+        yield Step("publish", f"proxy-sets/{client.name}", inputs | pool, make)
     experts = {"experts": job.expert_identities()}
     router = recipe.router
     inputs = {
@@ -171,7 +183,7 @@ def steps(job: Job) -> Iterator[Step]:
         "recipe": digest(cards.public_recipe(recipe)),
         "about": [expert.about for expert in job.experts()],
     }
-    yield Step("card", "card", inputs | model, lambda out: _write_card(job, out))
+    yield Step("card", "card", inputs | model, lambda out: carding.write_model_card(job, out))
     for target in recipe.export:
         inputs = {"target": target, "card": job.workspace.digest_of("card", "card")}
         yield Step("export", f"export/{target}", inputs | model | pool, functools.partial(_export, job, target))
@@ -223,21 +235,12 @@ def _publish(job: Job, client: ExpertSource, out: Path) -> None:
         proxy_tokens=data.tokenize(job.pool.select(proxies["rows"]), tokenizer, job.recipe.router.max_length),
         out=out,
     )
-    config = read_config(out, ADAPTER_CONFIG, f"expert '{client.name}'")
-    card = cards.render(
-        "expert.md.j2",
-        name=client.name,
-        base_model=job.base.public_name,
-        base_revision=job.base.revision,
-        base_on_hub=job.base.revision is not None,
-        license=about["license"],
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        projections=sorted(config["target_modules"]),
-        proxies=len(proxies["rows"]),
-        silent_tokens=about["domain_free_token_ids"],
-    )
-    (out / "README.md").write_text(card, encoding="utf-8")
+    carding.write_expert_card(job, client, about, len(proxies["rows"]), out)
+
+
+def _publish_proxies(job: Job, client: ExpertSource, out: Path) -> None:
+    proxies = read_proxies(job.workspace.folder(f"proxies/{client.name}"), client.name)
+    carding.write_proxy_set(job, client, job.pool.select(proxies["rows"]), out)
 
 
 def _merge(job: Job, out: Path) -> dict[str, str]:
@@ -329,108 +332,3 @@ def _evaluate(job: Job, out: Path) -> None:
 def _proxy_shares(job: Job) -> dict[str, dict[str, float]]:
     reports = {c.name: read_json(job.workspace.folder(f"proxies/{c.name}") / selecting.SELECTION) for c in job.clients}
     return {name: report["tag_shares"] for name, report in reports.items() if "tag_shares" in report}
-
-
-def _write_card(job: Job, out: Path) -> None:
-    from mergekit_moe.evaluation import tables
-    from mergekit_moe.merging.unify import REPORT as MERGE_REPORT
-
-    results = read_json(job.workspace.folder("evaluation") / tables.RESULTS) if job.evaluates else None
-    model = job.workspace.folder(job.model)
-    fitted = read_json(model / "router_training.json") if job.recipe.fits_routers else None
-    config = read_config(model, "config.json", "model")
-    kept = {entry["name"]: entry["kept"] for entry in read_json(model / MERGE_REPORT)["experts"]}
-    experts = job.experts()
-    licenses = {"base": job.base_license, **{e.name: e.license or "unknown" for e in experts}}
-    license, note = cards.common_license(job.recipe.card.license, licenses)
-    card = cards.render(
-        "model.md.j2",
-        name=job.name,
-        base_model=job.base.public_name,
-        base_revision=job.base.revision,
-        base_on_hub=job.base.revision is not None,
-        base_license=licenses["base"],
-        license=license,
-        license_note=note,
-        language=job.recipe.card.language,
-        experts=[
-            {
-                "name": e.name,
-                "source": e.source,
-                "revision": e.revision,
-                "published_as": e.kind,
-                "kept": kept[e.name],
-                "license": licenses[e.name],
-                "proxies": len(job.proxies(e)["rows"]) if job.recipe.fits_routers else None,
-            }
-            for e in experts
-        ],
-        pool=[data.describe(source, job.data_dir, POOL) for source in job.recipe.pool_sources],
-        top_k=job.recipe.merge.top_k,
-        silent_tokens=config["router_excluded_token_ids"],
-        anchor=job.recipe.merge.anchor,
-        router_fitted=job.recipe.fits_routers,
-        other_weights=_describe_other_weights(job.recipe, read_json(model / MERGE_REPORT)),
-        loss_table=tables.markdown(*tables.loss_rows(results)) if results else "",
-        domain_table=tables.markdown(*tables.domain_rows(results)) if results else "",
-        proxy_table=tables.markdown(*tables.proxy_rows(results["proxies"])) if results and results["proxies"] else "",
-        router=_describe_router(job.recipe, fitted),
-        recipe=cards.public_recipe(job.recipe),
-    )
-    (out / "README.md").write_text(card, encoding="utf-8")
-
-
-_CONTEXTS = {
-    "prefix": "the running mean of its prefix",
-    "prompt": "the mean of the prompt, which stays as it is for the completion",
-    "none": "no context",
-}
-
-
-_STARTS = {
-    "uniform": "gives every expert the same weight",
-    "random": "is random, and was never trained",
-    "arrow": "has one direction an expert, the one that its weights answer most (Arrow), and takes absolute scores",
-}
-
-
-def _describe_router(recipe: Recipe, fitted: dict[str, Any] | None) -> str:
-    router = recipe.router
-    linear = f"Linear in each layer's FFN input, with {_CONTEXTS[router.context]}"
-    if fitted is None:
-        return f"{linear}; it {_STARTS[router.start]}. No proxies were used."
-    source = (
-        f"by `{router.start}`" if router.start in _STARTS else f"in closed form (`{router.start}`) from the proxies"
-    )
-    lines = [f"{linear}; started {source}."]
-    for name, judged in fitted["held_out"].items():
-        lines.append(
-            f"- `{name}`: loss {judged['loss']:.4f} on held-out proxies, "
-            f"{judged['routing_accuracy']:.1%} of their tokens sent to their own expert"
-        )
-    if "kept" in fitted:
-        lines.append(f"\nKept: `{fitted['kept']}`, the better of the two on held-out proxies.")
-    return "\n".join(lines)
-
-
-def _describe_other_weights(recipe: Recipe, report: dict[str, Any]) -> list[str]:
-    """Return a line for each expert that changed more than its FFNs."""
-    fate = "left out" if recipe.merge.other_weights == "base" else "taken into the mean over all experts"
-    lines = []
-    for expert in report["experts"]:
-        parts = [f"`{d['module']}` ({d['relative']:.2g} of the base's norm)" for d in expert["other_weights"]]
-        if parts:
-            lines.append(f"{expert['name']}: {', '.join(parts)}; {fate}")
-    return lines
-
-
-def _place_card(job: Job) -> None:
-    """Put the card beside the weights; by rename, as everything else."""
-    if not is_main_process():
-        return
-    card, target = job.workspace.folder("card") / "README.md", job.workspace.folder(job.model) / "README.md"
-    text = card.read_bytes()
-    if not target.is_file() or target.read_bytes() != text:
-        partial = target.with_name(".README.md.partial")
-        partial.write_bytes(text)
-        partial.replace(target)

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 
+from mergekit_moe import cards
 from mergekit_moe.architectures import require_export
 from mergekit_moe.errors import DataError, ExpertError, MetaMoeError
 from mergekit_moe.experts import STATISTICS, Expert, require_ffn_change
@@ -10,13 +11,14 @@ from mergekit_moe.job import POOL, Job
 from mergekit_moe.recipe import ExpertSource, Seed
 
 
-def plan(job: Job, *, merging: bool = True, base: bool = True) -> list[tuple[str, str]]:
+def plan(job: Job, *, merging: bool = True, base: bool = True, carding: bool = False) -> list[tuple[str, str]]:
     """Check all that files and headers can tell, without reading a weight; return what will be done.
 
     Args:
         job: the recipe at work.
         merging: False for a client's own commands, for which one expert is enough.
         base: False for a selection, which needs no base model: none is looked for.
+        carding: True if a card is going to be written, which has to name a licence.
 
     Raises:
         MetaMoeError: with every problem found, one a line.
@@ -42,6 +44,8 @@ def plan(job: Job, *, merging: bool = True, base: bool = True) -> list[tuple[str
         attempt(functools.partial(_plan_export, job, target))
     for expert in job.recipe.experts if base else job.clients:
         attempt(functools.partial(_plan_expert, job, expert))
+    if carding and not problems:
+        attempt(lambda: _plan_license(job))
     if problems:
         raise DataError("\n".join(problems))
     router, merge = job.recipe.router, job.recipe.merge
@@ -72,6 +76,18 @@ def _plan_base(job: Job) -> list[tuple[str, str]]:
     size = sum(base.weights.nbytes(name) for name in base.weights)
     kind = base.config["model_type"]
     return [("base", f"{base.source.source} ({kind}, {size / 1e6:,.1f} MB, licence {job.base_license})")]
+
+
+def _plan_license(job: Job) -> list[tuple[str, str]]:
+    """Look at the licences of what is there already; a client's expert takes its own, or the base's."""
+    if isinstance(job.recipe.base_model, Seed) and not job.base.folder.is_dir():
+        return []
+    licenses = {"base": job.base_license}
+    for source in job.recipe.experts:
+        published = source.client is None
+        own = job.expert(source, weights=False).license if published else source.license or job.base_license
+        licenses[source.name] = own or "unknown"
+    return [("licence", cards.require_license(job.recipe.card.license, licenses))]
 
 
 def _plan_export(job: Job, target: str) -> list[tuple[str, str]]:

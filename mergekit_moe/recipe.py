@@ -61,6 +61,8 @@ class DataSource(Spec):
     """Column with a row's true domain, where one is known: only ever used to judge the selector."""
     limit: int | None = Field(None, ge=1)
     """Keep the first so many rows (after `where`)."""
+    license: str | None = None
+    """Licence of the rows, for the cards of what is made from public ones."""
     streaming: bool = False
     """Read a Hub data set row by row until `limit`, rather than download all of it."""
 
@@ -319,7 +321,7 @@ class Card(Spec):
     """What the model card says that no file can tell."""
 
     license: str | None = None
-    """Licence of the unified model; the inputs' own where they agree."""
+    """Licence of the unified model; needed where the inputs' own differ, or one is unknown."""
     language: list[str] = []
 
 

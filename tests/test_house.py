@@ -14,7 +14,7 @@ MATERIAL = {
     *("training", "updates", "weights"),
 }
 STAGES = {"alignment", "cards", "evaluation", "export", "merging", "publication", "routing", "seed", "selection"}
-TOP = {"exporting", "job", "members", "plan", "pipeline", "selecting", "cli", "__main__"}
+TOP = {"carding", "exporting", "job", "members", "plan", "pipeline", "selecting", "cli", "__main__"}
 MODELING = {"modeling"}
 
 

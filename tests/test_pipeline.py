@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_dense, write_adapter, write_jsonl
+from datasets import load_dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -181,11 +182,11 @@ _KILLED = """
 import os, signal, sys
 from mergekit_moe import cli, workspace
 write = workspace._write_manifest
-def die_in(partial, inputs, target=sys.argv.pop()):
+def die_in(partial, inputs, known, target=sys.argv.pop()):
     stage, name = target.rpartition("/")[::2]
     if partial.name == f".{name}.partial" and (not stage or partial.parent.name == stage):
         os.kill(os.getpid(), signal.SIGKILL)
-    write(partial, inputs)
+    write(partial, inputs, known)
 workspace._write_manifest = die_in
 cli.main()
 """
@@ -235,6 +236,7 @@ def test_published_experts_are_merged_from_their_folders(
     recipe, trained, _ = finished
     values = yaml.safe_load(recipe.read_text())
     values |= {"base_model": str(trained / "seed"), "router": {"start": "centroid", "training": None}}
+    values["card"] = {"license": "other"}
     values["experts"] = [
         {
             "name": name,
@@ -296,6 +298,7 @@ def test_a_fine_tune_found_somewhere_and_an_anchor_walk_the_whole_line(
         "base_model": str(trained / "seed"),
         "router": {"training": None},
         "merge": {"anchor": True},
+        "card": {"license": "apache-2.0", "language": ["en"]},
         "experts": [
             {"name": "cooking", "source": str(trained / "experts" / "cooking"), "test": tests["cooking"]},
             {"name": "algebra", "source": str(tmp_path / "tuned"), "proxies": "expert-gain", "test": tests["algebra"]},
@@ -328,6 +331,12 @@ def test_a_recipe_without_a_pool_runs_to_a_card(
         write_adapter(base_folder, tmp_path / name, seed)
     experts = [{"name": name, "source": name} for name in ("law", "news")]
     recipe = {"base_model": "base", "experts": experts, "router": {"start": "arrow", "context": "none"}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, error = command("run", tmp_path / "r.yaml", "--workspace", tmp_path / "ws")
+    assert code == 2
+    assert "card.license: the inputs' licences differ or are unknown (base unknown, law unknown, news unknown)" in error
+    assert not (tmp_path / "ws").exists()
+    recipe["card"] = {"license": "apache-2.0"}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     code, printed, error = command("run", tmp_path / "r.yaml", "--workspace", tmp_path / "ws")
     assert code == 0, error
@@ -375,6 +384,24 @@ def test_cards_state_what_was_measured(finished: tuple[Path, Path, str]) -> None
     assert f"{results['methods']['unified']['cooking']['loss']:.4f}" in card
     expert = (workspace / "experts" / "cooking" / "README.md").read_text()
     assert yaml.safe_load(expert.split("---\n")[1])["library_name"] == "peft"
+    index = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
+    found = {(r["dataset"]["name"], m["type"]): m["value"] for r in index for m in r["metrics"]}
+    assert found["cooking", "loss"] == round(results["methods"]["unified"]["cooking"]["loss"], 4)
+
+
+def test_a_proxy_set_is_a_data_set_of_public_rows(finished: tuple[Path, Path, str]) -> None:
+    recipe, workspace, _ = finished
+    public = {
+        row["id"]: row["text"] for row in map(json.loads, (recipe.parent / "pool.jsonl").read_text().splitlines())
+    }
+    for name in ("cooking", "sailing", "algebra"):
+        folder = workspace / "proxy-sets" / name
+        rows = load_dataset(str(folder), split="train")
+        picked = json.loads((workspace / "experts" / name / "proxies.json").read_text())
+        assert rows["id"][:] == picked["ids"]
+        assert all(public[row["id"]] == row["completion"] for row in rows)
+        metadata = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+        assert metadata["tags"] == ["mergekit_moe", "proxies"]
 
 
 def _misspelled(values: dict[str, Any], folder: Path) -> None:

@@ -54,6 +54,19 @@ def proxy_rows(shares: dict[str, dict[str, float]]) -> tuple[list[str], list[lis
     ]
 
 
+def unified_metrics(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the unified model's own numbers, domain -> metric -> value, rounded as the tables are."""
+    found = {}
+    for domain, losses in results["methods"]["unified"].items():
+        routing = results["routing"][domain]["routing_accuracy"]
+        found[domain] = {
+            "loss": round(losses["loss"], 4),
+            "perplexity": round(losses["perplexity"], 2),
+            "routing_accuracy": round(routing, 3),
+        }
+    return found
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table; numbers are right-aligned."""
     lines = [header, ["---", *("---:" for _ in header[1:])], *rows]

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_moe, tokens, write_adapter
+from conftest import tiny_dense, tiny_moe, tokens, write_adapter
 from datasets import Dataset
-from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mergekit_moe.data import IGNORED
-from mergekit_moe.evaluation.compare import Domain, _adapter_losses, routing_accuracy, row_losses
+from mergekit_moe.evaluation.compare import Domain, _expert_losses, routing_accuracy, row_losses
 from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
 from mergekit_moe.models import recorded_routers
 from mergekit_moe.recipe import Evaluation
@@ -64,20 +64,29 @@ def test_routing_accuracy_counts_what_the_routers_said() -> None:
     assert found["routing_accuracy_by_layer"] == [hits / count for hits in right]
 
 
-def test_the_soup_is_the_plain_average_of_weight_differences(base_folder: Path, tmp_path: Path) -> None:
-    """With an rsLoRA expert first, whose config PEFT would copy to the sum; names as awkward as a module's own."""
+def test_the_soup_is_the_plain_average_of_all_weights(base_folder: Path, tmp_path: Path) -> None:
+    """Adapters of several scales, by the formula in float64, and a whole model that changed every weight."""
     settings = {"train": {"use_rslora": True, "lora_alpha": 8}, "keys": {"r": 2, "lora_alpha": 3}, "law": {}}
-    adapters = {
+    experts = {
         name: write_adapter(base_folder, tmp_path / name, i, **s) for i, (name, s) in enumerate(settings.items())
     }
-    domain = Domain(0, "train", rows())
-    losses = _adapter_losses(base_folder, adapters, [domain], Evaluation())
+    scales = {"train": 8 / 4**0.5, "keys": 3 / 2, "law": 6 / 4}
     base = AutoModelForCausalLM.from_pretrained(base_folder)
-    average = {name: torch.zeros_like(tensor) for name, tensor in base.state_dict().items()}
-    for folder in adapters.values():
-        own = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder).merge_and_unload()
-        for name, tensor in own.state_dict().items():
-            average[name] += tensor / len(adapters)
-    base.load_state_dict(average)
+    average = {name: 3 * tensor.double() for name, tensor in base.state_dict().items()}
+    for name, folder in experts.items():
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for key in [key for key in tensors if key.endswith("lora_A.weight")]:
+            lora_A, lora_B = tensors[key].double(), tensors[key.replace("lora_A", "lora_B")].double()
+            weight = key.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
+            average[weight] += scales[name] * lora_B @ lora_A
+    tuned = tiny_dense(vocab_size=base.config.vocab_size, eos_token_id=2, seed=7)
+    tuned.save_pretrained(tmp_path / "tuned")
+    experts["tuned"] = tmp_path / "tuned"
+    average = {name: (tensor + tuned.state_dict()[name].double()) / 4 for name, tensor in average.items()}
+    domain = Domain(0, "train", rows())
+    losses = _expert_losses(base_folder, experts, [domain], Evaluation())
+    base.double().load_state_dict(average)
     sums, counts = row_losses(base, domain.rows, 4)
     assert losses["soup"]["train"]["loss"] == pytest.approx(sum(sums) / sum(counts), abs=1e-5)
+    sums, counts = row_losses(tuned, domain.rows, 4)
+    assert losses["tuned"]["train"]["loss"] == pytest.approx(sum(sums) / sum(counts), abs=1e-5)

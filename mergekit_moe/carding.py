@@ -1,0 +1,196 @@
+"""What the cards say: of a client's expert, of its proxy set, of the unified model. The words are in `cards/`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_moe import cards, data
+from mergekit_moe.adapters import ADAPTER_CONFIG
+from mergekit_moe.checkpoint import read_config
+from mergekit_moe.job import POOL, Job
+from mergekit_moe.recipe import ExpertSource, Recipe
+from mergekit_moe.workspace import is_main_process, read_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_CARD = "README.md"
+_CONTEXTS = {
+    "prefix": "the running mean of its prefix",
+    "prompt": "the mean of the prompt, which stays as it is for the completion",
+    "none": "no context",
+}
+_STARTS = {
+    "uniform": "gives every expert the same weight",
+    "random": "is random, and was never trained",
+    "arrow": "has one direction an expert, the one that its weights answer most (Arrow), and takes absolute scores",
+}
+
+
+def write_expert_card(job: Job, client: ExpertSource, about: dict[str, Any], proxies: int, out: Path) -> None:
+    """Write the card of a client's published expert to the folder `out`, which holds its adapter.
+
+    Args:
+        about: its expert.json.
+        proxies: how many there are.
+    """
+    config = read_config(out, ADAPTER_CONFIG, f"expert '{client.name}'")
+    metadata = cards.model_metadata(
+        library="peft",
+        license=about["license"],
+        base_models=_on_hub([job.base]),
+        relation="adapter",
+        datasets=_pools_on_hub(job),
+        tags=["lora", "mergekit_moe", "moe-expert"],
+    )
+    card = cards.render(
+        "expert.md.j2",
+        metadata=metadata,
+        name=client.name,
+        base_model=job.base.public_name,
+        base_revision=job.base.revision,
+        license=about["license"],
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        projections=sorted(config["target_modules"]),
+        proxies=proxies,
+        pool=_pools(job),
+        silent_tokens=about["domain_free_token_ids"],
+    )
+    (out / _CARD).write_text(card, encoding="utf-8")
+
+
+def write_proxy_set(job: Job, client: ExpertSource, rows: "Dataset", out: Path) -> None:
+    """Write a client's proxies as a data set of its own to the folder `out`, with its card: public rows alone."""
+    rows.select_columns(["id", "prompt", "completion"]).to_json(out / "proxies.jsonl", force_ascii=False)
+    licenses = {
+        data.describe(source, job.data_dir, POOL): source.license or "unknown" for source in job.recipe.pool_sources
+    }
+    license = cards.common_license(None, licenses)
+    card = cards.render(
+        "proxies.md.j2",
+        metadata=cards.dataset_metadata(license=license or "unknown", rows=len(rows), sources=_pools_on_hub(job)),
+        name=client.name,
+        rows=len(rows),
+        pool=licenses,
+        pool_rows=len(job.pool),
+        selection=job.recipe.selection,
+        embedder=cards.placeless(job.recipe.selection.embedder),
+    )
+    (out / _CARD).write_text(card, encoding="utf-8")
+
+
+def write_model_card(job: Job, out: Path) -> None:
+    """Write the unified model's card to the folder `out`."""
+    from mergekit_moe.evaluation import tables
+    from mergekit_moe.merging.unify import REPORT
+
+    results = read_json(job.workspace.folder("evaluation") / tables.RESULTS) if job.evaluates else None
+    model = job.workspace.folder(job.model)
+    fitted = read_json(model / "router_training.json") if job.recipe.fits_routers else None
+    report = read_json(model / REPORT)
+    experts = job.experts()
+    licenses = {"base": job.base_license, **{expert.name: expert.license or "unknown" for expert in experts}}
+    license = cards.require_license(job.recipe.card.license, licenses)
+    metadata = cards.model_metadata(
+        library="transformers",
+        license=license,
+        base_models=_on_hub([job.base, *experts]),
+        relation="merge",
+        datasets=_pools_on_hub(job),
+        tags=["mergekit_moe", "metamoe", "moe", "merge"],
+        language=job.recipe.card.language,
+        name=job.name,
+        losses=tables.unified_metrics(results) if results else {},
+    )
+    kept = {entry["name"]: entry["kept"] for entry in report["experts"]}
+    card = cards.render(
+        "model.md.j2",
+        metadata=metadata,
+        name=job.name,
+        base_model=job.base.public_name,
+        base_revision=job.base.revision,
+        base_license=job.base_license,
+        license=license,
+        experts=[
+            {
+                "name": expert.name,
+                "source": expert.source,
+                "revision": expert.revision,
+                "published_as": expert.kind,
+                "kept": kept[expert.name],
+                "license": expert.license or "unknown",
+                "proxies": len(job.proxies(expert)["rows"]) if fitted else None,
+            }
+            for expert in experts
+        ],
+        pool=_pools(job),
+        top_k=job.recipe.merge.top_k,
+        silent_tokens=read_config(model, "config.json", "model")["router_excluded_token_ids"],
+        anchor=job.recipe.merge.anchor,
+        router_fitted=fitted is not None,
+        other_weights=describe_other_weights(job.recipe, report),
+        loss_table=tables.markdown(*tables.loss_rows(results)) if results else "",
+        domain_table=tables.markdown(*tables.domain_rows(results)) if results else "",
+        proxy_table=tables.markdown(*tables.proxy_rows(results["proxies"])) if results and results["proxies"] else "",
+        router=describe_router(job.recipe, fitted),
+        recipe=cards.public_recipe(job.recipe),
+    )
+    (out / _CARD).write_text(card, encoding="utf-8")
+
+
+def place_card(job: Job) -> None:
+    """Put the card beside the weights; by rename, as everything else."""
+    if not is_main_process():
+        return
+    card, target = job.workspace.folder("card") / _CARD, job.workspace.folder(job.model) / _CARD
+    text = card.read_bytes()
+    if not target.is_file() or target.read_bytes() != text:
+        partial = target.with_name(f".{_CARD}.partial")
+        partial.write_bytes(text)
+        partial.replace(target)
+
+
+def describe_router(recipe: Recipe, fitted: dict[str, Any] | None) -> str:
+    """Return in words how tokens find their expert, and what the fit on proxies reached."""
+    router = recipe.router
+    linear = f"Linear in each layer's FFN input, with {_CONTEXTS[router.context]}"
+    if fitted is None:
+        return f"{linear}; it {_STARTS[router.start]}. No proxies were used."
+    closed = f"in closed form (`{router.start}`) from the proxies"
+    lines = [f"{linear}; started {f'by `{router.start}`' if router.start in _STARTS else closed}."]
+    for name, judged in fitted["held_out"].items():
+        lines.append(
+            f"- `{name}`: loss {judged['loss']:.4f} on held-out proxies, "
+            f"{judged['routing_accuracy']:.1%} of their tokens sent to their own expert"
+        )
+    if "kept" in fitted:
+        lines.append(f"\nKept: `{fitted['kept']}`, the better of the two on held-out proxies.")
+    return "\n".join(lines)
+
+
+def describe_other_weights(recipe: Recipe, report: dict[str, Any]) -> list[str]:
+    """Return a line for each expert that changed more than its FFNs.
+
+    Args:
+        report: the model's merge.json.
+    """
+    fate = "left out" if recipe.merge.other_weights == "base" else "taken into the mean over all experts"
+    lines = []
+    for expert in report["experts"]:
+        parts = [f"`{d['module']}` ({d['relative']:.2g} of the base's norm)" for d in expert["other_weights"]]
+        if parts:
+            lines.append(f"{expert['name']}: {', '.join(parts)}; {fate}")
+    return lines
+
+
+def _on_hub(models: list[Any]) -> list[str]:
+    """Return the Hub ids among sources; a folder's name means nothing to a reader of the card's metadata."""
+    return [model.source for model in models if model.revision is not None]
+
+
+def _pools(job: Job) -> list[str]:
+    return [data.describe(source, job.data_dir, POOL) for source in job.recipe.pool_sources]
+
+
+def _pools_on_hub(job: Job) -> list[str]:
+    return [name.rpartition("@")[0] for name in _pools(job) if "@" in name]
