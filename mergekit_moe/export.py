@@ -6,29 +6,27 @@ Shapes: L layers, K experts, H hidden, k experts per token.
 """
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 import mergekit_moe.modeling  # noqa: F401  registers the classes that read the folder
 from mergekit_moe.architectures import require_export
-from mergekit_moe.checkpoint import WEIGHTS, companions, read_config, read_header, shards_of, write_index
+from mergekit_moe.checkpoint import companions, read_config, shards_of
 from mergekit_moe.data import batches
 from mergekit_moe.errors import ExportError
+from mergekit_moe.modeling.configuration_metamoe import expert_rank
 from mergekit_moe.modeling.routing_metamoe import ContextRouter
+from mergekit_moe.weights import DTYPES, SHARD_BYTES, Planned, Weights, passed_through, write_weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-SHARD_BYTES = 2_000_000_000
 _BATCH = 16
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _OURS = "metamoe_"
@@ -63,8 +61,7 @@ class Source(NamedTuple):
     folder: Path
     target: str
     config: Any
-    headers: dict[str, tuple[str, dict[str, Any]]]
-    """Tensor name -> its shard and what the shard's header says of it."""
+    weights: Weights
 
 
 def read_source(folder: Path, target: str) -> Source:
@@ -80,16 +77,15 @@ def read_source(folder: Path, target: str) -> Source:
     require_export(target, model_type.removeprefix(_OURS), renormalises=raw.get("norm_topk_prob", True))
     form = TARGETS[target]
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    shards = shards_of(folder, "export")
-    headers = {name: (shard, facts) for shard, header in shards.items() for name, facts in header.items()}
+    weights = Weights(folder, shards_of(folder, "export"), "export")
     layers = getattr(config, "layer_types", None) or []
     if not form.per_layer_windows and "sliding_attention" in layers:
         raise ExportError(f"{target} can't give single layers a sliding window; set use_sliding_window false")
-    for name in headers:
+    for name in weights:
         attention = ".self_attn." in name and form.attention_bias
         if name.endswith(".bias") and not name.endswith(".router.bias") and not attention:
             raise ExportError(f"{target} has no place for the bias {name}; this model can't be exported exactly")
-    return Source(folder, target, config, headers)
+    return Source(folder, target, config, weights)
 
 
 def trained_gates(source: Source) -> Tensor:
@@ -122,27 +118,12 @@ def write_export(source: Source, gates_LKH: Tensor, out: Path, shard_bytes: int 
 
     Args:
         gates_LKH: the plain gates; stored in the dtype of the experts.
-        shard_bytes: a shard is written when it is this full; no more than that and one tensor is held.
+        shard_bytes: a shard takes no further tensor that would make it larger.
 
     Raises:
-        ExportError: if a tensor is missing or isn't finite, naming it.
+        MetaMoeError: if a tensor is missing or isn't finite, naming it.
     """
-    tensors = _planned(source, gates_LKH)
-    groups: list[list[str]] = [[]]
-    held = 0
-    for name, (size, _) in tensors.items():
-        if groups[-1] and held + size > shard_bytes:
-            groups.append([])
-            held = 0
-        groups[-1].append(name)
-        held += size
-    files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    files = files if len(groups) > 1 else [WEIGHTS]
-    for file, names in zip(files, groups, strict=True):
-        shard = {name: tensors[name][1]() for name in names}
-        save_file(shard, str(out / file), metadata={"format": "pt"})
-    if len(files) > 1:
-        write_index(out, {file: read_header(out / file, "export") for file in files})
+    write_weights(out, [_planned(source, gates_LKH)], shard_bytes=shard_bytes)
     native_config(source).save_pretrained(out)
     for companion in companions(source.folder):
         shutil.copyfile(companion, out / companion.name)
@@ -181,61 +162,60 @@ def _ffn(layer: int) -> str:
     return f"model.layers.{layer}.mlp"
 
 
-def _read(source: Source, name: str) -> Tensor:
-    if name not in source.headers:
+def _require(source: Source, name: str) -> str:
+    """Return the tensor's name; the model has to hold it."""
+    if name not in source.weights:
         raise ExportError(f"{source.folder} lacks {name}; it is no whole unified model with experts of a known kind")
-    with safe_open(str(source.folder / source.headers[name][0]), framework="pt") as shard:
-        tensor = shard.get_tensor(name)
-    if not torch.isfinite(tensor).all():
-        raise ExportError(f"{name} holds NaN or infinity; merge again, without the expert that brought it")
-    return tensor
+    return name
 
 
-def _expert(source: Source, layer: int, number: int, projection: str) -> Tensor:
-    """Return an expert's whole matrix."""
+def _read(source: Source, name: str) -> Tensor:
+    return source.weights.read(_require(source, name))
+
+
+def _planned_expert(source: Source, layer: int, number: int, projection: str, name: str) -> Planned:
+    """Return an expert's whole matrix, called `name` in the export."""
     expert, block = source.config.experts[number], _ffn(layer)
-    own = f"{block}.experts.{number}.{projection}"
+    own, shared = f"{block}.experts.{number}.{projection}", f"{block}.{projection}.weight"
     if expert.get("kind", "lora") == "dense":
-        return _read(source, f"{own}.weight")
-    weight = _read(source, f"{block}.{projection}.weight")
-    if not expert.get("ranks", {}).get(projection):
-        return weight
-    lora_A, lora_B = (_read(source, f"{own}.lora_{factor}.weight") for factor in "AB")
-    return fold(weight, lora_A, lora_B, expert["scale"])
+        return passed_through(source.weights, _require(source, f"{own}.weight"), name)
+    planned = passed_through(source.weights, _require(source, shared), name)
+    if not expert_rank(expert, projection, layer):
+        return planned
+
+    def folded() -> Tensor:
+        lora_A, lora_B = (_read(source, f"{own}.lora_{factor}.weight") for factor in "AB")
+        return fold(_read(source, shared), lora_A, lora_B, expert["scale"])
+
+    return planned._replace(make=folded, check=None)
 
 
-def _planned(source: Source, gates_LKH: Tensor) -> dict[str, tuple[int, Callable[[], Tensor]]]:
-    """Return tensor name -> (bytes, how to make it), in the order in which they are written."""
+def _planned(source: Source, gates_LKH: Tensor) -> list[Planned]:
+    """Return the export's tensors in the order in which they are written."""
     form, config = TARGETS[source.target], source.config
-    plan: dict[str, tuple[int, Callable[[], Tensor]]] = {}
-    for name, (_, facts) in source.headers.items():
-        if ".mlp." not in name:
-            first, last = facts["data_offsets"]
-            plan[name] = (last - first, lambda name=name: _read(source, name))  # type: ignore[misc]
-    dtype = _expert(source, 0, 0, "down_proj").dtype
-    hidden, inner = config.hidden_size, config.intermediate_size
-    size = hidden * inner * dtype.itemsize
+    plan = [passed_through(source.weights, name) for name in source.weights if ".mlp." not in name]
     for layer, gate in enumerate(gates_LKH):
         block = f"model.layers.{layer}.{form.block}"
-        plan[f"{block}.gate.weight"] = (gate.numel() * dtype.itemsize, lambda gate=gate: gate.to(dtype).clone())  # type: ignore[misc]
-        for number in range(len(config.experts)):
-            for projection, name in zip(_PROJECTIONS, form.names, strict=True):
-
-                def make(layer: int = layer, number: int = number, projection: str = projection) -> Tensor:
-                    return _expert(source, layer, number, projection)
-
-                plan[f"{block}.experts.{number}.{name}.weight"] = (size, make)
+        experts = [
+            _planned_expert(source, layer, number, projection, f"{block}.experts.{number}.{name}.weight")
+            for number in range(len(config.experts))
+            for projection, name in zip(_PROJECTIONS, form.names, strict=True)
+        ]
+        dtype = experts[0].dtype
+        plan.append(_constant(f"{block}.gate.weight", gate, dtype))
+        plan += experts
         if source.target == "qwen2_moe":
+            hidden, inner = config.hidden_size, config.intermediate_size
             shared = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-            zeros = {f"shared_expert.{name}": shape for name, shape in shared.items()} | {
-                "shared_expert_gate": (1, hidden)
-            }
-            for name, shape in zeros.items():
-                plan[f"{block}.{name}.weight"] = (
-                    shape[0] * shape[1] * dtype.itemsize,
-                    lambda shape=shape: torch.zeros(shape, dtype=dtype),  # type: ignore[misc]
-                )
+            zeros = {f"shared_expert.{name}": shape for name, shape in shared.items()}
+            for name, shape in {**zeros, "shared_expert_gate": (1, hidden)}.items():
+                plan.append(_constant(f"{block}.{name}.weight", torch.zeros(()).expand(shape), dtype))
     return plan
+
+
+def _constant(name: str, value: Tensor, dtype: str) -> Planned:
+    """Return a tensor that is known already; an expanded one takes memory only when it is written."""
+    return Planned(name, dtype, tuple(value.shape), lambda: value.to(getattr(torch, DTYPES[dtype])))
 
 
 class Observed(NamedTuple):

@@ -240,7 +240,7 @@ def test_damage_found_while_writing_leaves_nothing(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     model.save_pretrained(tmp_path / "moe")
-    with pytest.raises(ExportError, match=r"model\.norm\.weight holds NaN"):
+    with pytest.raises(MetaMoeError, match=r"model\.norm\.weight holds NaN"):
         export_model(tmp_path / "moe", "mixtral", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["moe"]
 
