@@ -5,6 +5,7 @@ Nothing is guessed: a field or a tensor that isn't known here ends the reading w
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 from mergekit_moe.errors import ExpertError
@@ -30,6 +31,8 @@ _HEEDED = {
     # Only Conv1D weights lie the other way round, and no family here has them; PEFT ignores it for linear layers.
     "fan_in_fan_out",
 }
+_DEFAULT_ALPHA = 8
+"""PEFT's own, where a config doesn't say."""
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
 """Values of `init_lora_weights` that leave the base as it is."""
 
@@ -52,14 +55,20 @@ def require_exact_lora(config: dict[str, Any], what: str) -> None:
                 f"{what}: {ADAPTER_CONFIG} has {field} = {value!r}, a variant of LoRA that can't be merged; publish "
                 "the expert merged, as a full fine-tune"
             )
-    alphas = [config.get("lora_alpha"), *_pattern(config, "alpha_pattern", what).values()]
+    alphas = [config.get("lora_alpha", _DEFAULT_ALPHA), *_pattern(config, "alpha_pattern", what).values()]
     for alpha in alphas:
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise ExpertError(f"{what}: {ADAPTER_CONFIG} has lora_alpha = {alpha!r}; it must be a number")
 
 
 def updates_of_adapter(
-    weights: Weights, config: dict[str, Any], base: Weights, base_config: dict[str, Any], what: str
+    weights: Weights,
+    config: dict[str, Any],
+    base: Weights,
+    base_config: dict[str, Any],
+    what: str,
+    *,
+    is_tied: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Update]:
     """Return the base's tensors that an adapter changes, by name, and how.
 
@@ -68,6 +77,7 @@ def updates_of_adapter(
         config: its adapter_config.json.
         base: the base model's weights.
         base_config: its config.json, which names the sizes.
+        is_tied: tells a head that the base ties to its embedding, and so doesn't hold.
 
     Raises:
         ExpertError: naming the tensor that is missing, of another size, or of no known meaning.
@@ -83,7 +93,8 @@ def updates_of_adapter(
     for path, keys in parts.items():
         found.update(_updates_of_module(path, keys, weights, config, what))
     for name, update in found.items():
-        _require_fit(name, update, base, base_config, what)
+        if not is_tied(name):
+            _require_fit(name, update, base, base_config, what)
     return found
 
 
@@ -91,7 +102,7 @@ def scale_of(config: dict[str, Any], path: str, rank: int) -> float:
     """Return alpha / rank, or alpha / sqrt(rank) for rsLoRA, of the module at `path`; patterns heeded as PEFT does."""
     patterns = config.get("alpha_pattern") or {}
     fitting = [alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)]
-    alpha = float(fitting[0] if fitting else config["lora_alpha"])
+    alpha = float(fitting[0] if fitting else config.get("lora_alpha", _DEFAULT_ALPHA))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
@@ -153,7 +164,9 @@ def _require_fit(name: str, update: Update, base: Weights, base_config: dict[str
     if update.shift is not None:
         given[update.shift] = update.weights.shape(update.shift)
     if update.magnitude is not None:
-        given[update.magnitude] = (*update.weights.shape(update.magnitude)[:1], *wanted[1:])
+        # One norm a row; of an embedding, one a column.
+        size = update.weights.shape(update.magnitude)[-1]
+        given[update.magnitude] = (wanted[0], size) if update.turned else (size, *wanted[1:])
     for factor, side in ((update.lora_A, 1), (update.lora_B, 0)):
         if factor is not None:
             # A says only how many go in, B only how many come out; an embedding's factors are turned.

@@ -16,6 +16,8 @@ class Architecture(NamedTuple):
     """The one back to the hidden size."""
     fused: bool = False
     """The one input map holds gate and up side by side."""
+    tied: bool = False
+    """The head is the embedding, where config.json doesn't say; the library leaves out what is the default."""
     ffn: str = "model.layers.{layer}.mlp"
     """Path of a layer's FFN in the checkpoint; `{layer}` is its number."""
 
@@ -30,14 +32,14 @@ class Architecture(NamedTuple):
         return {**inputs, self.output: (intermediate, hidden)}
 
 
-def _gated(class_prefix: str) -> Architecture:
-    return Architecture(class_prefix, ("gate_proj", "up_proj"), "down_proj")
+def _gated(class_prefix: str, *, tied: bool = False) -> Architecture:
+    return Architecture(class_prefix, ("gate_proj", "up_proj"), "down_proj", tied=tied)
 
 
 ARCHITECTURES = {
-    "gemma": _gated("Gemma"),
-    "gemma2": _gated("Gemma2"),
-    "gemma3_text": _gated("Gemma3Text"),
+    "gemma": _gated("Gemma", tied=True),
+    "gemma2": _gated("Gemma2", tied=True),
+    "gemma3_text": _gated("Gemma3Text", tied=True),
     "gpt_neox": Architecture("GPTNeoX", ("dense_h_to_4h",), "dense_4h_to_h", ffn="gpt_neox.layers.{layer}.mlp"),
     "granite": _gated("Granite"),
     "llama": _gated("Llama"),
@@ -47,8 +49,8 @@ ARCHITECTURES = {
     "phi3": Architecture("Phi3", ("gate_up_proj",), "down_proj", fused=True),
     "qwen2": _gated("Qwen2"),
     "qwen3": _gated("Qwen3"),
-    "smollm3": _gated("SmolLM3"),
-    "starcoder2": Architecture("Starcoder2", ("c_fc",), "c_proj"),
+    "smollm3": _gated("SmolLM3", tied=True),
+    "starcoder2": Architecture("Starcoder2", ("c_fc",), "c_proj", tied=True),
 }
 """`model_type` -> architecture. A new family is one line here, one in modeling/configuration_metamoe.py
 and one fixture in the tests."""

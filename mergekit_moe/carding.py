@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_moe import cards, data
 from mergekit_moe.adapters import ADAPTER_CONFIG
-from mergekit_moe.checkpoint import read_config
+from mergekit_moe.checkpoint import REPORT, read_config
 from mergekit_moe.job import POOL, Job
 from mergekit_moe.recipe import ExpertSource, Recipe
 from mergekit_moe.workspace import is_main_process, read_json
@@ -82,7 +82,6 @@ def write_proxy_set(job: Job, client: ExpertSource, rows: "Dataset", out: Path) 
 def write_model_card(job: Job, out: Path) -> None:
     """Write the unified model's card to the folder `out`."""
     from mergekit_moe.evaluation import tables
-    from mergekit_moe.merging.unify import REPORT
 
     results = read_json(job.workspace.folder("evaluation") / tables.RESULTS) if job.evaluates else None
     model = job.workspace.folder(job.model)

@@ -13,6 +13,8 @@ from mergekit_moe.workspace import digest, file_sha256
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+REPORT = "merge.json"
+"""In a merged model: what it was made from, and what became of it."""
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja", "generation_config.json")
 _UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MAX_HEADER_BYTES = 100_000_000
@@ -36,8 +38,10 @@ def read_config(folder: Path, name: str, what: str) -> dict[str, Any]:
         config = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ExpertError(f"{what}: {folder} has no {name}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ExpertError(f"{what}: {folder / name} is not valid JSON") from None
+    except OSError as error:
+        raise ExpertError(f"{what}: {folder / name} can't be read: {error.strerror}") from None
     if not isinstance(config, dict):
         raise ExpertError(f"{what}: {folder / name} is not a JSON object")
     return config
@@ -112,7 +116,7 @@ def shards_of(folder: Path, what: str, header: Callable[[str], Header] | None = 
         ExpertError: if a shard is missing or broken, or lacks a tensor that the index puts there.
     """
     header = header or (lambda shard: read_header(folder / shard, what))
-    if not (folder / INDEX).is_file():
+    if not (folder / INDEX).is_file() or (folder / WEIGHTS).is_file():  # a whole file wins, as in the library
         return {WEIGHTS: header(WEIGHTS)}
     weight_map = read_config(folder, INDEX, what).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -170,14 +174,15 @@ def companions(folder: Path) -> list[Path]:
 def license_of(folder: Path) -> str:
     """Return the licence that a model folder's card states, or 'unknown'."""
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     if not text.startswith("---\n"):
         return "unknown"
     try:
         metadata = yaml.safe_load(text.split("---\n", 2)[1])
     except yaml.YAMLError:
         return "unknown"
-    return str(metadata.get("license") or "unknown") if isinstance(metadata, dict) else "unknown"
+    stated = metadata.get("license") if isinstance(metadata, dict) else None
+    return ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated or "unknown")
 
 
 def write_index(folder: Path, shards: dict[str, Header]) -> None:

@@ -51,7 +51,8 @@ def check(recipe: RecipePath, workspace: WorkspacePath = None, data_dir: DataPat
     from mergekit_moe.pipeline import plan
 
     table = Table(show_header=False, box=None)
-    for name, what in plan(_job(recipe, workspace, data_dir)):
+    job = _job(recipe, workspace, data_dir)
+    for name, what in plan(job, carding=job.recipe.merge.method == "moe"):
         table.add_row(name, what)
     console.print(table)
 

@@ -17,6 +17,8 @@ PROXIES = "proxies.json"
 STATISTICS = "routing_statistics.safetensors"
 ABOUT = "expert.json"
 
+# Fields that everything is counted by.
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
 # Fields of a config.json that say what a model computes; those of a fine-tune must be its base's.
 _STRUCTURE = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "hidden_act"),
@@ -27,6 +29,7 @@ _STRUCTURE = (
     *("final_logit_softcapping", "embedding_multiplier", "logits_scaling", "residual_multiplier", "no_rope_layers"),
     *("attention_multiplier", "use_parallel_residual", "qk_layernorm"),
 )
+_HEADS = ("lm_head.weight", "embed_out.weight")
 _IGNORED_TENSORS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 """Buffers that older checkpoints hold, and that every class computes for itself."""
 
@@ -45,6 +48,14 @@ class Base(NamedTuple):
     @property
     def layers(self) -> int:
         return self.config["num_hidden_layers"]
+
+    def is_tied(self, name: str) -> bool:
+        """True for a head that is the embedding once more, whether it is stored or not."""
+        return self.ties and name in _HEADS
+
+    @property
+    def ties(self) -> bool:
+        return bool(self.config.get("tie_word_embeddings", self.architecture.tied))
 
     def blocks(self) -> list[str]:
         """Return the path of every layer's FFN."""
@@ -68,6 +79,8 @@ class Expert(NamedTuple):
     """A LoRA adapter, not a whole model."""
     updates: dict[str, Update]
     """Name of a tensor of the base -> what the expert makes of it; the others are the base's own."""
+    untied: tuple[str, ...]
+    """Heads that it trained apart from the embedding, to which the base ties them: no merge can keep that."""
     about: dict[str, Any]
     """The folder's expert.json; empty for an expert that wasn't published by mergekit_moe."""
 
@@ -98,7 +111,15 @@ def read_base(source: Resolved) -> Base:
     config = read_config(source.folder, "config.json", what)
     architecture = architecture_of(config, what)
     _require_unquantised(config, what)
-    weights = Weights(source.folder, shards_of(source.folder, what, lambda shard: source.header(shard, what)), what)
+    for field in _SIZES:
+        if not isinstance(config.get(field), int) or config[field] < 1:
+            raise ExpertError(f"{what}: config.json has {field} = {config.get(field)!r}; it must be a whole number")
+    ties = config.get("tie_word_embeddings", architecture.tied)
+    shards = {}
+    for shard, header in shards_of(source.folder, what, lambda shard: source.header(shard, what)).items():
+        kept = (name for name in header if not name.endswith(_IGNORED_TENSORS) and not (ties and name in _HEADS))
+        shards[shard] = {name: header[name] for name in kept}
+    weights = Weights(source.folder, shards, what)
     for layer in range(config["num_hidden_layers"]):
         block = architecture.ffn.format(layer=layer)
         for projection, (inputs, outputs) in architecture.sizes(config).items():
@@ -141,16 +162,29 @@ def read_expert(
     if not isinstance(silent, list) or not all(isinstance(token, int) for token in silent):
         raise ExpertError(f"{what}: {ABOUT} has domain_free_token_ids = {silent!r}; it must be a list of token ids")
     _require_same_vocabulary(folder, base.source.folder, what)
+    vouched = same_base or (base_weights is not None and trained_on is not None)
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if not is_adapter and not (folder / "config.json").is_file():
         raise ExpertError(
             f"{what}: {folder} has neither {ADAPTER_CONFIG}, of an adapter, nor config.json, of a whole model"
         )
-    if is_adapter:
-        updates = _read_adapter(source, base, what, same_base or "base_weights" in about)
-    else:
-        updates = _read_fine_tune(source, base, what)
-    return Expert(name, folder, source.public_name, source.revision, is_adapter, updates, about)
+    read = _read_adapter(source, base, what, vouched) if is_adapter else _read_fine_tune(source, base, what)
+    updates = {name: update for name, update in read.items() if name in base.weights}
+    untied = tuple(name for name in read if name not in updates)
+    return Expert(name, folder, source.public_name, source.revision, is_adapter, updates, untied, about)
+
+
+def require_keepable(expert: Expert, what: str) -> None:
+    """Raise ExpertError for an expert that untied its head from the embedding, where that can't be left out.
+
+    Args:
+        what: the recipe's choice that needs it, such as "merge.other_weights average".
+    """
+    if expert.untied:
+        raise ExpertError(
+            f"expert '{expert.name}': it trained {expert.untied[0]} apart from the embedding, to which the base ties "
+            f"it, and {what} needs all that was changed; choose merge.other_weights base, or drop the expert"
+        )
 
 
 def require_ffn_change(expert: Expert, base: Base) -> None:
@@ -197,26 +231,28 @@ def _read_adapter(source: Resolved, base: Base, what: str, same_base: bool) -> d
         _require_same_base(config, base.source, what)
     header: Header = source.header(ADAPTER, what)
     weights = Weights(source.folder, {ADAPTER: header}, what)
-    updates = updates_of_adapter(weights, config, base.weights, base.config, what)
+    updates = updates_of_adapter(weights, config, base.weights, base.config, what, is_tied=base.is_tied)
     if not updates:
         raise ExpertError(f"{what}: {ADAPTER} lacks any LoRA matrix; publish a trained adapter, or drop the expert")
-    restricted = [config.get(field) for field in ("layers_to_transform", "layers_pattern", "exclude_modules")]
-    if isinstance(config.get("target_modules"), list) and not any(part not in (None, []) for part in restricted):
-        _require_every_layer(updates, base, what)
+    _require_every_layer(config, updates, base, what)
     return updates
 
 
-def _require_every_layer(updates: dict[str, Update], base: Base, what: str) -> None:
-    """Raise ExpertError for an adapter of whole layers that has fewer of them than the base: it is another model's."""
-    blocks = base.blocks()
-    for projection in base.architecture.projections:
-        present = [block for block in blocks if f"{block}.{projection}.weight" in updates]
-        if present and len(present) < len(blocks):
-            lacking = next(block for block in blocks if block not in present)
-            raise ExpertError(
-                f"{what}: {ADAPTER} lacks base_model.model.{lacking}.{projection}.lora_A.weight though it is meant for "
-                f"every layer, and the base has {len(blocks)} layers; use the base model that it was trained on"
-            )
+def _require_every_layer(config: dict[str, Any], updates: dict[str, Update], base: Base, what: str) -> None:
+    """Raise ExpertError for an adapter that lacks a layer which its own config means: it is a smaller model's."""
+    targets = config.get("target_modules")
+    restricted = [config.get(field) for field in ("layers_to_transform", "layers_pattern", "exclude_modules")]
+    if not isinstance(targets, list) or any(part not in (None, []) for part in restricted):
+        return
+    for block in base.blocks():
+        for projection in base.architecture.projections:
+            module = f"{block}.{projection}"
+            meant = any(module == target or module.endswith(f".{target}") for target in targets)
+            if meant and f"{module}.weight" not in updates:
+                raise ExpertError(
+                    f"{what}: {ADAPTER} lacks base_model.model.{module}.lora_A.weight, which its target_modules mean, "
+                    f"and the base has {base.layers} layers; use the base model that it was trained on"
+                )
 
 
 def _require_same_base(config: dict[str, Any], base: Resolved, what: str) -> None:
@@ -244,11 +280,7 @@ def _require_same_base(config: dict[str, Any], base: Resolved, what: str) -> Non
 def _read_fine_tune(source: Resolved, base: Base, what: str) -> dict[str, Update]:
     config = read_config(source.folder, "config.json", what)
     _require_unquantised(config, what)
-    different = [
-        f"{field} {config.get(field)!r} against {base.config.get(field)!r}"
-        for field in _STRUCTURE
-        if config.get(field) != base.config.get(field) and field in config and field in base.config
-    ]
+    different = _differing_fields(config, base.config, what)
     if different:
         raise ExpertError(
             f"{what}: its config.json differs from the base's: {', '.join(different)}; use a fine-tune of the recipe's "
@@ -257,7 +289,7 @@ def _read_fine_tune(source: Resolved, base: Base, what: str) -> dict[str, Update
     shards = shards_of(source.folder, what, lambda shard: source.header(shard, what))
     weights = Weights(source.folder, shards, what)
     for name in weights:
-        if name not in base.weights and not name.endswith(_IGNORED_TENSORS) and not _is_tied(name, config):
+        if name not in base.weights and not name.endswith(_IGNORED_TENSORS) and not base.is_tied(name):
             raise ExpertError(
                 f"{what}: it holds {name}, which the base doesn't have; use a fine-tune of the recipe's base"
             )
@@ -266,14 +298,40 @@ def _read_fine_tune(source: Resolved, base: Base, what: str) -> dict[str, Update
             raise ExpertError(
                 f"{what}: {name} has shape {list(weights.shape(name))}, the base's has {list(base.weights.shape(name))}"
             )
-        if name not in weights and not name.endswith(_IGNORED_TENSORS) and not _is_tied(name, config):
+        if name not in weights:
             raise ExpertError(f"{what}: it lacks {name}, which the base has; save the whole model")
     return {name: Update(weights, whole=name) for name in base.weights if name in weights}
 
 
-def _is_tied(name: str, config: dict[str, Any]) -> bool:
-    """True for a head that is the embedding once more."""
-    return bool(config.get("tie_word_embeddings")) and name.endswith(("lm_head.weight", "embed_out.weight"))
+def _differing_fields(config: dict[str, Any], base: dict[str, Any], what: str) -> list[str]:
+    """Return what two configs say differently of what a model computes, as "field mine against base's".
+
+    Versions of the library write the same thing in several ways, and leave out what is the default: configs that don't
+    agree to the letter are read by the library's own class, which is worth its import only then.
+    """
+    if all(config.get(field) == base.get(field) for field in _STRUCTURE):
+        return []
+    if config.get("model_type") == base.get("model_type"):
+        config, base = _canonical(config, what), _canonical(base, "base_model")
+    return [
+        f"{field} {config.get(field)!r} against {base.get(field)!r}"
+        for field in _STRUCTURE
+        if config.get(field) != base.get(field)
+    ]
+
+
+def _canonical(config: dict[str, Any], what: str) -> dict[str, Any]:
+    """Return a config as the library's own class understands it, every default filled in."""
+    from transformers import AutoConfig
+
+    values = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+    try:
+        read = AutoConfig.for_model(config["model_type"], **values).to_dict()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ExpertError(f"{what}: config.json can't be read: {' '.join(str(error).split())}") from None
+    if isinstance(read.get("rope_parameters"), dict):  # `type` is an older name of `rope_type`, kept beside it
+        read["rope_parameters"] = {key: value for key, value in read["rope_parameters"].items() if key != "type"}
+    return read
 
 
 def _require_unquantised(config: dict[str, Any], what: str) -> None:
@@ -290,13 +348,13 @@ def _require_same_vocabulary(folder: Path, base: Path, what: str) -> None:
     if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
         return
     own, right = (_vocabulary(read_config(file.parent, file.name, what)) for file in files)
-    if own == right:
-        return
-    other = sorted(str(token) for token in {*own, *right} if own.get(token) != right.get(token))
-    raise ExpertError(
-        f"{what}: its tokenizer.json differs from the base's in {len(other)} tokens, the first of them {other[0]!r} "
-        f"({len(own)} tokens against {len(right)}); use an expert with the base's own tokenizer"
-    )
+    # Tokens that an expert has beyond the base's have no row in its embedding, and matter to nobody.
+    other = sorted(str(token) for token, number in right.items() if own.get(token) != number)
+    if other:
+        raise ExpertError(
+            f"{what}: its tokenizer.json gives {len(other)} of the base's {len(right)} tokens another number or none, "
+            f"the first of them {other[0]!r}; use an expert with the base's own tokenizer"
+        )
 
 
 def _vocabulary(tokenizer: dict[str, Any]) -> dict[Any, Any]:
@@ -304,10 +362,13 @@ def _vocabulary(tokenizer: dict[str, Any]) -> dict[Any, Any]:
     model = tokenizer.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):  # unigram models: [token, score], the place is the number
-        found = {json.dumps(entry[:1]): number for number, entry in enumerate(vocab) if isinstance(entry, list)}
+        found: dict[Any, Any] = {
+            json.dumps(entry[:1]): number for number, entry in enumerate(vocab) if isinstance(entry, list)
+        }
     else:
         found = dict(vocab) if isinstance(vocab, dict) else {}
     added = tokenizer.get("added_tokens")
     for token in added if isinstance(added, list) else []:
-        found[token.get("content")] = token.get("id")
+        if isinstance(token, dict):
+            found[str(token.get("content"))] = token.get("id")
     return found

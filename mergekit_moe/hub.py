@@ -26,7 +26,7 @@ class Resolved(NamedTuple):
     @property
     def public_name(self) -> str:
         """What may be published: a Hub id, or a folder's own name without where it lies."""
-        return self.source if self.revision is not None else Path(self.source).name
+        return self.source if self.revision is not None else self.folder.resolve().name
 
     def header(self, file: str, what: str) -> Header:
         """Return a safetensors file's header, of which no more than that is fetched where it lies on the Hub.

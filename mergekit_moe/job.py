@@ -34,6 +34,8 @@ class Job:
         self.model = "model" if recipe.fits_routers else "merged"
         """The folder that holds the unified model in the end."""
         self._resolved: dict[tuple[str, str | None], tuple[hub.Resolved, bool]] = {}
+        self._seen: dict[str, Expert] = {}
+        """Experts on the Hub whose headers were fetched."""
         self._rows: dict[str, tuple[Dataset | None, Dataset | None]] = {}
 
     @functools.cached_property
@@ -161,6 +163,8 @@ class Job:
         Raises:
             ExpertError: naming the expert and what doesn't fit.
         """
+        if not weights and source.name in self._seen:
+            return self._seen[source.name]
         base = self.base_model if weights else self.base_headers
         if source.source is None:
             folder = f"experts/{source.name}"
@@ -175,6 +179,8 @@ class Job:
             base_weights=(lambda: self.base_weights) if here else None,
             same_base=source.same_base,
         )
+        if not weights and resolved.revision is not None:
+            self._seen[source.name] = expert
         return expert if source.source is not None else expert._replace(source=resolved.source)
 
     def experts(self) -> list[Expert]:

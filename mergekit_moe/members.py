@@ -1,5 +1,7 @@
 """Experts of a unified model on disk: one more, one less, and what is inside."""
 
+import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ from mergekit_moe.experts import read_expert
 from mergekit_moe.exporting import proxies_from_file
 from mergekit_moe.hub import resolve_model
 from mergekit_moe.merging.membership import Unified, add, base_within, drop, read_unified
-from mergekit_moe.recipe import Router
+from mergekit_moe.recipe import ANCHOR, EXPERT_NAME, RESERVED_NAMES, Router
 from mergekit_moe.workspace import new_folder
 
 if TYPE_CHECKING:
@@ -40,6 +42,11 @@ def add_expert(
     Raises:
         MetaMoeError: if the expert doesn't fit, or its routers can't be made.
     """
+    if not re.fullmatch(EXPERT_NAME, name) or name in (*RESERVED_NAMES, ANCHOR):
+        raise ExpertError(
+            f"--name {name!r}: an expert's name is of small letters, digits, - and _, and none of "
+            f"{', '.join((*RESERVED_NAMES, ANCHOR))}; choose another"
+        )
     unified = read_unified(folder)
     if unified.fitted and proxies is None:
         raise ExpertError(
@@ -47,14 +54,16 @@ def add_expert(
             "rows with `text` and `expert` of every expert, or add it to the recipe and run that again"
         )
     resolved = resolve_model(source, revision, Path(), f"expert '{name}'")
-    expert = read_expert(name, resolved, base_within(unified), same_base=same_base)
+    known = unified.report["base_weights"]
+    base_weights = None if known is None else lambda: str(known)
+    expert = read_expert(name, resolved, base_within(unified), base_weights=base_weights, same_base=same_base)
     with new_folder(out) as partial:
         if proxies is None:
             add(unified, expert, partial, tell)
-            return
-        with new_folder(partial.with_name("blank")) as blank:
-            add(unified, expert, blank, tell)
-        _fit(unified, partial.with_name("blank"), proxies, partial)
+        else:
+            with _blank(out) as blank:
+                add(_to_be_fitted(unified), expert, Path(blank), tell)
+                _fit(unified, Path(blank), proxies, partial)
 
 
 def drop_expert(
@@ -74,10 +83,21 @@ def drop_expert(
             drop(unified, name, partial)
             if unified.fitted:
                 tell("the routers were fitted on the dropped expert's proxies too; --proxies fits them anew")
-            return
-        with new_folder(partial.with_name("blank")) as blank:
-            drop(unified, name, blank)
-        _fit(unified, partial.with_name("blank"), proxies, partial)
+        else:
+            with _blank(out) as blank:
+                drop(_to_be_fitted(unified), name, Path(blank))
+                _fit(unified, Path(blank), proxies, partial)
+
+
+def _blank(out: Path) -> tempfile.TemporaryDirectory[str]:
+    """Return a folder beside `out` for the model whose routers aren't fitted yet."""
+    return tempfile.TemporaryDirectory(prefix=f".{out.name}.blank.", dir=out.parent)
+
+
+def _to_be_fitted(unified: Unified) -> Unified:
+    """Return the model as one whose routers come from proxies, by LDA, whatever they came from before."""
+    config = {**unified.config, "router_absolute_scores": False}
+    return unified._replace(config=config, report={**unified.report, "router_start": "lda"})
 
 
 def _fit(unified: Unified, blank: Path, proxies: Path, out: Path) -> None:

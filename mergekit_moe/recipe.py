@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 
 RESERVED_NAMES = ("seed", "soup", "unified")
 """Methods that the results are reported for beside the experts."""
+EXPERT_NAME = r"^[a-z0-9][a-z0-9_-]*$"
 ANCHOR = "anchor"
 """Name of the expert that is the seed's own FFN."""
 NO_PROXIES = ("uniform", "random", "arrow")
@@ -145,7 +146,7 @@ class Client(Spec):
 class ExpertSource(Spec):
     """One expert: published already (`source`), or trained here from a client's data (`client`)."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    name: str = Field(pattern=EXPERT_NAME)
     source: str | None = None
     """Folder, or Hub id, of a published expert."""
     revision: str | None = None

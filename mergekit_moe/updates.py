@@ -26,7 +26,7 @@ class Update(NamedTuple):
     scale: float = 1.0
     """alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
     magnitude: str | None = None
-    """DoRA's m, (out,): the norm that each row has in the end."""
+    """DoRA's m, (out,): the norm that each row has in the end; of an embedding, each column."""
     shift: str | None = None
     """Added to a bias, times `scale`."""
     turned: bool = False
@@ -67,8 +67,9 @@ class Update(NamedTuple):
             lora_A, lora_B = lora_B.T, lora_A.T
         tensor = torch.addmm(tensor, lora_B, lora_A, alpha=self.scale)
         if self.magnitude is not None:
-            magnitude = self.weights.read(self.magnitude).to(tensor.dtype).reshape(-1, 1)
-            tensor *= magnitude / torch.linalg.vector_norm(tensor, dim=1, keepdim=True)
+            side = 0 if self.turned else 1
+            magnitude = self.weights.read(self.magnitude).to(tensor.dtype).reshape(-1).unsqueeze(side)
+            tensor *= magnitude / torch.linalg.vector_norm(tensor, dim=side, keepdim=True)
         return tensor
 
     def difference(self, base: "Tensor") -> "Tensor":

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +18,7 @@ from mergekit_moe.errors import WorkspaceError
 MANIFEST = "manifest.json"
 _INPUTS = "inputs.json"
 """In a folder that is being made: what from, so that a later run knows whether to go on with it."""
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 """Errors that a disk or its owner make, not this program."""
 _VERSIONED = ("torch", "transformers", "peft", "sentence-transformers", "scikit-learn")
 
@@ -92,12 +91,14 @@ def new_folder(out: Path) -> Iterator[Path]:
     if out.exists() or out.is_symlink():
         raise WorkspaceError(f"{out} is there already; choose another --out, or move it away")
     with disk_errors(out.parent):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-            partial = Path(scratch) / out.name
-            partial.mkdir()
+        partial = out.with_name(f".{out.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
+        partial.mkdir(parents=True)
+        try:
             yield partial
             partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 class Workspace:

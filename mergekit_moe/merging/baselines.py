@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mergekit_moe.experts import Base, Expert
+from mergekit_moe.experts import Base, Expert, require_keepable
 from mergekit_moe.merging.output import copy_companions, in_type, typed_config, write_checkpoint
 from mergekit_moe.recipe import Merge
 from mergekit_moe.updates import wide
@@ -65,6 +65,8 @@ def merge_densely(base: Base, experts: list[Expert], merge: Merge, *, out: Path,
         ExpertError: if an expert holds a value that is not finite, naming its tensor.
         WorkspaceError: if the disk has no room.
     """
+    for expert in experts:
+        require_keepable(expert, f"merge.method {merge.method}")
     planned = [
         Planned(
             name,
@@ -75,7 +77,9 @@ def merge_densely(base: Base, experts: list[Expert], merge: Merge, *, out: Path,
         for name in base.weights
     ]
     digests = write_checkpoint(out, [[in_type(tensor, merge.dtype) for tensor in planned]])
-    write_json(out / "config.json", typed_config(base.config, merge.dtype))
+    write_json(
+        out / "config.json", typed_config({k: v for k, v in base.config.items() if k != "auto_map"}, merge.dtype)
+    )
     copy_companions(base, out)
     return digests
 

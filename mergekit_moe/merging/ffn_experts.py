@@ -2,6 +2,7 @@
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,9 +36,22 @@ class FfnExpert(NamedTuple):
 
 
 def plan_expert(
-    expert: Expert, number: int, base: Base, compress: Compression | None, spool: Spool, *, seed: int
+    expert: Expert,
+    number: int,
+    base: Base,
+    compress: Compression | None,
+    spool: Spool,
+    *,
+    seed: int,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> FfnExpert:
     """Return how expert `number` is kept.
+
+    Args:
+        compress: for what isn't of low rank.
+        spool: takes what is compressed.
+        seed: of randomised SVD.
+        tell: takes a line about what can't be compressed.
 
     Raises:
         ExpertError: if it changes no FFN.
@@ -46,13 +60,23 @@ def plan_expert(
     weights = [
         f"{block}.{projection}.weight" for block in base.blocks() for projection in base.architecture.projections
     ]
-    biases = [name for weight in weights if (name := weight.removesuffix("weight") + "bias") in expert.updates]
+    biases = [name for weight in weights if _changes(name := weight.removesuffix("weight") + "bias", base, expert)]
     updates = {name: expert.updates[name] for name in weights if name in expert.updates}
     if not biases and all(update.is_low_rank for update in updates.values()):
         return _factored(expert.name, number, base, updates)
     if compress is not None and not biases:
         return _compressed(expert.name, number, base, updates, compress, spool, seed)
+    if compress is not None:
+        tell(f"expert '{expert.name}': it changed {biases[0]}, and factors hold no bias: its FFNs are kept whole")
     return _whole(expert, number, base, [*weights, *(name.removesuffix("weight") + "bias" for name in weights)])
+
+
+def _changes(bias: str, base: Base, expert: Expert) -> bool:
+    """True if the expert's bias is another than the base's; fine-tunes hold all of them, changed or not."""
+    if bias not in expert.updates:
+        return False
+    own = base.weights.read(bias)
+    return not torch.equal(expert.updates[bias].apply(own), own)
 
 
 def disk_name(weight: str, number: int, factor: str | None = None) -> str:
@@ -75,7 +99,8 @@ def _entry(name: str, scale: float, ranks: dict[str, int], base: Base) -> dict[s
 
 def _factored(name: str, number: int, base: Base, updates: dict[str, Update]) -> FfnExpert:
     """Keep the factors as they are. The config has one scale: where another was meant, B carries the rest."""
-    scale = Counter(update.scale for update in updates.values()).most_common(1)[0][0]
+    scales = Counter(update.scale for update in updates.values() if update.scale) or Counter([0.0])
+    scale = scales.most_common(1)[0][0]
     tensors = []
     for weight, update in updates.items():
         assert update.lora_A is not None

@@ -47,10 +47,11 @@ def arrow(base: Base, expert: Expert | None, name: str, layer: int, seed: int) -
         return _of_factors([update for _, update in updates])
     difference = torch.cat([update.difference(base.weights.read(name)) for name, update in updates])
     if difference.shape[1] <= _EXACT_UP_TO:
-        return torch.linalg.eigh(difference.double().T @ difference.double())[1][:, -1].float()
+        return _first(torch.linalg.eigh(difference.double().T @ difference.double()))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return torch.svd_lowrank(difference, q=min(8, *difference.shape), niter=8)[2][:, 0].float()
+        _, values, right = torch.svd_lowrank(difference, q=min(8, *difference.shape), niter=8)
+    return _first((values.flip(0), right.flip(1)))
 
 
 def _of_factors(updates: list[Update]) -> Tensor:
@@ -60,8 +61,17 @@ def _of_factors(updates: list[Update]) -> Tensor:
     basis, turned = torch.linalg.qr(torch.cat(matrices_A).T)
     grams = [update.scale**2 * (lora_B.T @ lora_B) for update, lora_B in zip(updates, matrices_B, strict=True)]
     inner = torch.block_diag(*grams)
-    _, vectors = torch.linalg.eigh(turned @ inner @ turned.T)
-    return (basis @ vectors[:, -1]).float()
+    return (basis @ _first(torch.linalg.eigh(turned @ inner @ turned.T)).double()).float()
+
+
+def _first(found: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the vector of the largest value, the last one; zeros if that is zero: no change has no direction.
+
+    Args:
+        found: values in ascending order, (n,), and vectors, (m, n).
+    """
+    values, vectors = found
+    return vectors[:, -1].float() if float(values[-1]) > 0.0 else torch.zeros_like(vectors[:, -1]).float()
 
 
 GATES: dict[str, Any] = {"uniform": uniform, "random": random, "arrow": arrow}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_moe.checkpoint import read_config, read_header, shards_of
+from mergekit_moe.checkpoint import REPORT, read_config, shards_of
 from mergekit_moe.errors import ExpertError
 from mergekit_moe.experts import Base, Expert
 from mergekit_moe.hub import Resolved
@@ -17,8 +17,8 @@ from mergekit_moe.merging.ffn_experts import FfnExpert, plan_expert
 from mergekit_moe.merging.gates import GATES
 from mergekit_moe.merging.other_weights import find_differences, tell_differences
 from mergekit_moe.merging.output import copy_companions, in_type, write_checkpoint
-from mergekit_moe.merging.unify import CODE, REPORT, report_on_expert
-from mergekit_moe.recipe import Merge
+from mergekit_moe.merging.unify import CODE, MODELING, report_on_expert
+from mergekit_moe.recipe import ANCHOR, Merge
 from mergekit_moe.weights import Planned, Weights, passed_through
 from mergekit_moe.workspace import write_json
 
@@ -45,7 +45,7 @@ class Unified(NamedTuple):
     @property
     def fitted(self) -> bool:
         """Whether its routers came from proxies, so that they can't be made again from weights alone."""
-        return self.report["router_start"] not in GATES
+        return self.report["routers_fitted"] or self.report["router_start"] not in GATES
 
     @property
     def merge(self) -> Merge:
@@ -71,7 +71,7 @@ def read_unified(folder: Path) -> Unified:
             f"{folder} holds a model of type {config.get('model_type')!r}, not one that `metamoe merge` made"
         )
     report = read_config(folder, REPORT, what)
-    if not {"base_model", "merge", "router_start", "experts", "seed"} <= report.keys():
+    if not {"base_model", "merge", "router_start", "routers_fitted", "experts", "seed"} <= report.keys():
         raise ExpertError(f"{what}: {folder / REPORT} is not what `metamoe merge` writes; merge again")
     return Unified(folder, config, report, Weights(folder, shards_of(folder, what), what))
 
@@ -85,14 +85,15 @@ def base_within(unified: Unified) -> Base:
     config["model_type"] = config["model_type"].removeprefix(_PREFIX)
     named = unified.report["base_model"]
     source = Resolved(unified.folder, named["source"], named["revision"])
-    shards = {}
-    for shard in sorted({unified.weights.shard(name) for name in unified.weights}):
-        header = read_header(unified.folder / shard, str(unified.folder))
+    shards = shards_of(unified.folder, str(unified.folder))
+    held = {name for header in shards.values() for name in header}
+    for shard, header in shards.items():
         own = {name: facts for name, facts in header.items() if ".router." not in name and not _EXPERT.fullmatch(name)}
         for name, facts in header.items():
             match = _EXPERT.fullmatch(name)
-            if match and match["number"] == "0" and ".lora_" not in name:
-                own.setdefault(f"{match['block']}.{match['rest']}", facts)
+            whole = match is not None and match["number"] == "0" and ".lora_" not in name
+            if match and whole and f"{match['block']}.{match['rest']}" not in held:
+                own[f"{match['block']}.{match['rest']}"] = facts
         shards[shard] = own
     return Base(source, config, Weights(unified.folder, shards, str(unified.folder)))
 
@@ -108,18 +109,21 @@ def drop(unified: Unified, name: str, out: Path) -> None:
     _require_unmixed(unified, f"expert '{name}' can't be dropped")
     number = unified.names.index(name)
     left = [expert for expert in unified.config["experts"] if expert["name"] != name]
-    if len(left) < max(2, unified.config["num_experts_per_tok"]):
+    top_k = _top_k(unified, len(left))
+    if len(left) < max(2, top_k):
         raise ExpertError(
-            f"expert '{name}' can't be dropped: {len(left)} would be left, and the model sends every token to "
-            f"{unified.config['num_experts_per_tok']} of at least 2"
+            f"expert '{name}' can't be dropped: {len(left)} would be left, and the model sends every token to {top_k} "
+            "of at least 2"
         )
     entries = [entry for entry in unified.report["experts"] if entry["name"] != name]
     excluded = sorted({token for entry in entries for token in entry["domain_free_token_ids"]})
-    config = {**unified.config, "experts": left, "router_excluded_token_ids": excluded}
+    config = {**unified.config, "experts": left, "router_excluded_token_ids": excluded, "num_experts_per_tok": top_k}
+    anchor = unified.merge.anchor and name != ANCHOR
+    report = _with_merge(unified, {"top_k": top_k, "anchor": anchor})
     _write(
         unified,
         config,
-        {**unified.report, "experts": entries},
+        {**report, "experts": entries},
         [*range(number), *range(number + 1, len(left) + 1)],
         [],
         out,
@@ -147,12 +151,12 @@ def add(unified: Unified, expert: Expert, out: Path, tell: Any = lambda line: No
             "experts are whole; merge them again with the adapter, or with merge.anchor"
         )
     differences = find_differences(base, [expert])
-    tell_differences(differences, merge.other_weights, tell)
+    tell_differences([expert], differences, merge.other_weights, tell)
     anchor = int(merge.anchor)
     number = len(unified.names) - anchor
     spool, seed = Spool(out), unified.report["seed"]
     compress = merge.compress if holds_ffn else None
-    member = plan_expert(expert, number, base, compress, spool, seed=seed)
+    member = plan_expert(expert, number, base, compress, spool, seed=seed, tell=tell)
     tell(f"expert '{expert.name}': {member.form}")
     if not holds_ffn and member.entry.get("kind") != "dense":
         raise ExpertError(
@@ -162,7 +166,9 @@ def add(unified: Unified, expert: Expert, out: Path, tell: Any = lambda line: No
     experts.insert(number, member.entry)
     entries = [*unified.report["experts"], report_on_expert(expert, member, differences[expert.name])]
     excluded = sorted({token for entry in entries for token in entry["domain_free_token_ids"]})
-    config = {**unified.config, "experts": experts, "router_excluded_token_ids": excluded}
+    top_k = _top_k(unified, len(experts))
+    config = {**unified.config, "experts": experts, "router_excluded_token_ids": excluded, "num_experts_per_tok": top_k}
+    report = _with_merge(unified, {"top_k": top_k})
     start, size = unified.report["router_start"], base.config["hidden_size"]
 
     def row(layer: int) -> Tensor:
@@ -171,7 +177,18 @@ def add(unified: Unified, expert: Expert, out: Path, tell: Any = lambda line: No
         return GATES[start](base, expert, expert.name, layer, seed)
 
     order: list[Any] = [*range(number), row, *range(number, len(unified.names))]
-    _write(unified, config, {**unified.report, "experts": entries}, order, [(number, member)], out)
+    _write(unified, config, {**report, "experts": entries}, order, [(number, member)], out)
+
+
+def _top_k(unified: Unified, experts: int) -> int:
+    """Return how many experts take each token: as before, or all where they share it alike."""
+    uniform = unified.report["router_start"] == "uniform" and not unified.fitted
+    return experts if uniform else unified.config["num_experts_per_tok"]
+
+
+def _with_merge(unified: Unified, changed: dict[str, Any]) -> dict[str, Any]:
+    """Return the report with some settings of the merge changed."""
+    return {**unified.report, "merge": {**unified.report["merge"], **changed}}
 
 
 def _require_unmixed(unified: Unified, what: str) -> None:
@@ -224,7 +241,8 @@ def _write(
     write_json(out / REPORT, report)
     copy_companions(base_within(unified), out)
     for file in CODE:
-        shutil.copyfile(unified.folder / file, out / file)
+        own = unified.folder / file
+        shutil.copyfile(own if own.is_file() else MODELING / file, out / file)
 
 
 def _ffn_modules(unified: Unified) -> list[str]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mergekit_moe.errors import ExpertError
-from mergekit_moe.experts import Base, Expert
+from mergekit_moe.experts import Base, Expert, require_keepable
 from mergekit_moe.updates import squared_distance, wide
 from mergekit_moe.weights import Planned, chunks, passed_through
 
@@ -58,12 +58,19 @@ def _differences(base: Base, expert: Expert, norms: dict[str, float]) -> list[Di
     return found
 
 
-def tell_differences(differences: dict[str, list[Difference]], policy: str, tell: Callable[[str], None]) -> None:
+def tell_differences(
+    experts: list[Expert], differences: dict[str, list[Difference]], policy: str, tell: Callable[[str], None]
+) -> None:
     """Say what becomes of every change outside the FFNs, before anything is written.
 
     Raises:
         ExpertError: if the policy is to refuse, and there is one.
     """
+    for expert in experts:
+        if policy != "base":
+            require_keepable(expert, f"merge.other_weights {policy}")
+        if expert.untied:
+            tell(f"expert '{expert.name}': {', '.join(expert.untied)}, which the base ties to its embedding, left out")
     lines = [(name, ", ".join(str(difference) for difference in found)) for name, found in differences.items() if found]
     if policy == "refuse" and lines:
         raise ExpertError(

@@ -57,7 +57,11 @@ def copy_companions(base: Base, out: Path) -> None:
 
 
 def typed_config(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
-    """Return a config.json that says which type the weights have now."""
+    """Return a config.json that says which type the weights have now, and nothing of where the base lay.
+
+    Nor does it name code of the base's own, which isn't copied: the library's class is what was merged.
+    """
+    config = {key: value for key, value in config.items() if key != "_name_or_path"}
     if dtype is None:
         return config
     return {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": dtype}

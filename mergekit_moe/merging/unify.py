@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_moe.checkpoint import REPORT
 from mergekit_moe.experts import Base, Expert
 from mergekit_moe.merging.compression import Spool
 from mergekit_moe.merging.ffn_experts import FfnExpert, plan_expert
@@ -19,13 +20,11 @@ from mergekit_moe.recipe import ANCHOR, Merge, Router
 from mergekit_moe.weights import Planned
 from mergekit_moe.workspace import write_json
 
-REPORT = "merge.json"
-"""In the merged model: what it was made from, and what became of it."""
 CODE = tuple(
     f"{name}_metamoe.py" for name in ("configuration", "dense", "experts", "layers", "loading", "modeling", "routing")
 )
 """The model's own code, which lies beside its weights."""
-_MODELING = Path(__file__).parent.parent / "modeling"
+MODELING = Path(__file__).parent.parent / "modeling"
 
 
 def merge_experts(
@@ -52,10 +51,11 @@ def merge_experts(
     """
     with one_thread():
         differences = find_differences(base, experts)
-    tell_differences(differences, merge.other_weights, tell)
+    tell_differences(experts, differences, merge.other_weights, tell)
     spool = Spool(out)
     members = [
-        plan_expert(expert, number, base, merge.compress, spool, seed=seed) for number, expert in enumerate(experts)
+        plan_expert(expert, number, base, merge.compress, spool, seed=seed, tell=tell)
+        for number, expert in enumerate(experts)
     ]
     for member in members:
         tell(f"expert '{member.entry['name']}': {member.form}")
@@ -75,7 +75,7 @@ def merge_experts(
     write_json(out / "config.json", config)
     copy_companions(base, out)
     for name in CODE:
-        shutil.copyfile(_MODELING / name, out / name)
+        shutil.copyfile(MODELING / name, out / name)
     write_json(out / REPORT, report_on(base, experts, members, merge, router, differences, seed))
     return digests
 
@@ -142,7 +142,9 @@ def report_on(
     return {
         "base_model": {"source": base.source.public_name, "revision": base.source.revision},
         "merge": merge.model_dump(mode="json"),
+        "base_weights": next((e.about["base_weights"] for e in experts if "base_weights" in e.about), None),
         "router_start": router.start,
+        "routers_fitted": False,
         "seed": seed,
         "experts": [
             report_on_expert(expert, member, differences[expert.name])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer
 
-from mergekit_moe.checkpoint import INDEX, read_config
+from mergekit_moe.checkpoint import INDEX, REPORT, read_config
 from mergekit_moe.data import batches
 from mergekit_moe.models import RouterCall, load_model, recorded_routers, routers_of, scored_inputs
 from mergekit_moe.recipe import NO_PROXIES, Router, RouterTraining
@@ -193,8 +193,9 @@ def _write(model: "PreTrainedModel", merged: Path, out: Path) -> None:
     state = {name: tensor for name, tensor in model.state_dict().items() if name in names}
     assert state.keys() == names
     for file in merged.iterdir():
-        if file.name not in (shard, MANIFEST):
+        if file.name not in (shard, MANIFEST, REPORT):
             _link(file, out / file.name)
+    write_json(out / REPORT, {**read_config(merged, REPORT, "merge"), "routers_fitted": True})
     save_file(
         {name: tensor.cpu().contiguous() for name, tensor in state.items()}, str(out / shard), metadata={"format": "pt"}
     )

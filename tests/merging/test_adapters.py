@@ -10,10 +10,13 @@ from conftest import FFN, PROJECTIONS, randomise, tiny_dense, tokens, write_adap
 from merging_tools import base_of, merge, read
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from mergekit_moe.architectures import ARCHITECTURES
 from mergekit_moe.errors import ExpertError
+from mergekit_moe.merging.unify import merge_experts
 from mergekit_moe.models import load_model
+from mergekit_moe.recipe import Merge, Router
 from mergekit_moe.updates import Update
 
 ALL = ["q_proj", "v_proj", "o_proj", *PROJECTIONS]
@@ -46,6 +49,8 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("Llama", {"target_modules": ALL, "use_dora": True, "rank_pattern": {"q_proj": 3}}),
     ("Llama", {"target_modules": [*PROJECTIONS, "embed_tokens"]}),
     ("Llama", {"modules_to_save": ["lm_head", "embed_tokens"]}),
+    ("Llama", {"target_modules": ["layers.0.mlp.up_proj", "model.layers.2.mlp.down_proj"]}),
+    ("Llama", {"target_modules": [*PROJECTIONS, "embed_tokens"], "use_dora": True}),
     ("Llama", {"modules_to_save": ["input_layernorm"], "target_modules": ALL}),
 ]
 
@@ -151,3 +156,29 @@ def test_an_update_of_half_precision_is_rounded_once(base_folder: Path, tmp_path
     assert isinstance(update, Update)
     base = base_of(base_folder).weights.read(name).bfloat16()
     assert torch.equal(update.apply(base), update.apply(base.double()).bfloat16())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"modules_to_save": ["lm_head", "embed_tokens"]}, {"target_modules": [*PROJECTIONS, "lm_head"]}],
+    ids=str,
+)
+def test_a_head_that_the_base_ties_is_left_out_and_told(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """As most small models do: there is no place for a head of its own; whoever wants to keep it all is refused."""
+    tiny_dense(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "base", tmp_path / "a", 1, **{"target_modules": list(PROJECTIONS), **settings})
+    expert = read(tmp_path / "base", adapter)
+    assert expert.untied == ("lm_head.weight",)
+    told: list[str] = []
+    (tmp_path / "moe").mkdir()
+    merge_experts(base_of(tmp_path / "base"), [expert] * 2, Merge(), Router(), out=tmp_path / "moe", tell=told.append)
+    assert "expert 'law': lm_head.weight, which the base ties to its embedding, left out" in told
+    with pytest.raises(
+        ExpertError, match=r"it trained lm_head.weight apart from the embedding, to which the base ties it"
+    ):
+        merge(tmp_path / "base", [expert] * 2, tmp_path / "average", other_weights="average")
+
+
+def test_families_tie_their_heads_where_the_library_does() -> None:
+    for name, architecture in ARCHITECTURES.items():
+        assert architecture.tied == AutoConfig.for_model(name).tie_word_embeddings, name

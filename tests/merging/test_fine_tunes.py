@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from mergekit_moe.merging.compression import low_rank
 from mergekit_moe.merging.unify import REPORT, merge_experts
 from mergekit_moe.models import load_model
 from mergekit_moe.recipe import Compression, Merge, Router
+
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 
 
 def is_ffn(name: str, family: str = "Llama") -> bool:
@@ -225,3 +228,112 @@ def test_a_result_that_overflows_its_type_is_refused(base_folder: Path, tmp_path
     merge(base_folder, experts, tmp_path / "wide", dtype="bfloat16")
     with pytest.raises(ExpertError, match=r"layers.1.mlp.experts.0.up_proj.weight holds NaN or infinity as float16"):
         merge(base_folder, experts, tmp_path / "narrow", dtype="float16")
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    """Set fields of a config.json; a value of None is written as null, `...` takes the field out."""
+    values = {**json.loads((folder / "config.json").read_text()), **fields}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+
+V4 = {"rope_parameters": ..., "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "base", "tuned"),
+    [
+        ("Llama", V4, {}),
+        ("Llama", {"rope_parameters": ...}, {}),
+        ("Llama", V4 | {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": LINEAR}),
+        ("Llama", {"num_key_value_heads": 4}, {"num_key_value_heads": 4, "head_dim": None}),
+        ("Qwen2", {"use_sliding_window": False, "sliding_window": 32768}, {"sliding_window": None}),
+        ("Gemma", {"tie_word_embeddings": ...}, {}),
+    ],
+    ids=str,
+)
+def test_configs_that_say_the_same_in_other_words_are_the_same(
+    tmp_path: Path, family: str, base: dict[str, Any], tuned: dict[str, Any]
+) -> None:
+    saved_base(tmp_path / "base", family)
+    fine_tune(tmp_path / "base", tmp_path / "t", 1, family)
+    edit(tmp_path / "base", **base)
+    edit(tmp_path / "t", **tuned)
+    assert read(tmp_path / "base", tmp_path / "t").updates
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "message"),
+    [
+        (V4 | {"rope_theta": 5e5}, {}, "rope_parameters .*10000.0.* against .*500000.0"),
+        ({"rope_parameters": ...}, V4 | {"rope_theta": 1e6}, "rope_parameters .*1000000.0.* against .*10000.0"),
+        ({}, {"rope_parameters": LINEAR}, "rope_parameters .*linear.* against .*default"),
+        ({"rms_norm_eps": ...}, {"rms_norm_eps": 1e-3}, "rms_norm_eps 0.001 against 1e-06"),
+    ],
+    ids=str,
+)
+def test_configs_that_differ_by_what_one_leaves_out_are_refused(
+    base_folder: Path, tmp_path: Path, base: dict[str, Any], tuned: dict[str, Any], message: str
+) -> None:
+    fine_tune(base_folder, tmp_path / "t", 1)
+    edit(base_folder, **base)
+    edit(tmp_path / "t", **tuned)
+    with pytest.raises(ExpertError, match=message):
+        read(base_folder, tmp_path / "t")
+
+
+def test_a_tied_head_on_disk_is_the_embedding_once_more(base_folder: Path, tmp_path: Path) -> None:
+    """A soup of one model twice is that model, whichever of the two has its head stored."""
+    tiny_dense(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    tuned = fine_tune(tmp_path / "base", tmp_path / "t", 1, others=True)
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    out = merge(tmp_path / "base", [read(tmp_path / "base", tuned)] * 2, tmp_path / "moe", other_weights="average")
+    with torch.no_grad():
+        torch.testing.assert_close(load(out)(tokens()).logits, load(tuned)(tokens()).logits, atol=1e-5, rtol=0)
+
+
+def test_buffers_of_older_checkpoints_are_neither_checked_nor_kept(tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base", "GPTNeoX")
+    tuned = fine_tune(base, tmp_path / "t", 1, "GPTNeoX")
+    tensors = load_file(base / "model.safetensors")
+    tensors["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(float("-inf"))
+    tensors["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    out = merge(base, [read(base, tuned)] * 2, tmp_path / "moe")
+    written = {name for shard in out.glob("*.safetensors") for name in load_file(shard)}
+    assert not [name for name in written if "masked_bias" in name or "inv_freq" in name]
+
+
+def test_an_index_left_beside_a_whole_model_is_passed_over(base_folder: Path, tmp_path: Path) -> None:
+    tuned = fine_tune(base_folder, tmp_path / "t", 1)
+    (tuned / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    assert read(base_folder, tuned).updates
+
+
+def test_compression_heeds_biases_only_where_they_changed(tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base", "Phi")
+    tuned = fine_tune(base, tmp_path / "t", 1, "Phi", rank=2)
+    tensors, own = load_file(tuned / "model.safetensors"), load_file(base / "model.safetensors")
+    tensors.update({name: own[name] for name in own if name.endswith("bias")})
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    out = merge(base, [read(base, tuned)] * 2, tmp_path / "moe", compress={"rank": 2})
+    with torch.no_grad():
+        torch.testing.assert_close(load(out)(tokens()).logits, load(tuned)(tokens()).logits, atol=1e-4, rtol=0)
+    assert json.loads((out / "config.json").read_text())["experts"][0]["ranks"] == {"fc1": 2, "fc2": 2}
+    told: list[str] = []
+    changed = read(base, fine_tune(base, tmp_path / "u", 2, "Phi"), "changed")
+    (tmp_path / "whole").mkdir()
+    settings = Merge(compress=Compression(rank=2))
+    merge_experts(base_of(base), [changed] * 2, settings, Router(), out=tmp_path / "whole", tell=told.append)
+    assert (
+        "expert 'changed': it changed model.layers.0.mlp.fc1.bias, and factors hold no bias: its FFNs are kept whole"
+        in told
+    )
+
+
+def test_nothing_tells_where_a_base_lay(base_folder: Path, tmp_path: Path) -> None:
+    tuned = fine_tune(base_folder, tmp_path / "t", 1)
+    edit(base_folder, _name_or_path="/home/somebody/secret/llama")
+    out = merge(base_folder, [read(base_folder, tuned)] * 2, tmp_path / "moe")
+    assert "somebody" not in (out / "config.json").read_text()

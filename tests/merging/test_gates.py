@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import tokens, write_adapter
 from merging_tools import base_of, merge, read
+from safetensors.torch import load_file, save_file
 from test_fine_tunes import fine_tune
 
 from mergekit_moe.experts import Expert
@@ -80,3 +81,17 @@ def test_random_rows_follow_the_seed(base_folder: Path, experts: list[Expert]) -
     rows = {(seed, layer): GATES["random"](base, None, "law", layer, seed) for seed in (0, 1) for layer in (0, 1)}
     assert torch.equal(rows[0, 0], GATES["random"](base, None, "law", 0, 0))
     assert len({tuple(row.tolist()) for row in rows.values()}) == 4
+
+
+def test_a_layer_that_was_left_alone_has_no_direction(base_folder: Path, tmp_path: Path) -> None:
+    tuned = fine_tune(base_folder, tmp_path / "t", 1)
+    tensors, own = load_file(tuned / "model.safetensors"), load_file(base_folder / "model.safetensors")
+    tensors.update({name: own[name] for name in own if ".layers.1.mlp." in name})
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    adapter = write_adapter(base_folder, tmp_path / "a", 1)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    factors.update({name: 0 * factors[name] for name in factors if ".layers.1." in name and "lora_B" in name})
+    save_file(factors, adapter / "adapter_model.safetensors")
+    for folder in (tuned, adapter):
+        rows = [arrow(base_of(base_folder), read(base_folder, folder), "x", layer, 0) for layer in range(3)]
+        assert [float(row.norm()) for row in rows] == pytest.approx([1.0, 0.0, 1.0])

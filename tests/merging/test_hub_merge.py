@@ -35,6 +35,7 @@ def hub(base_folder: Path, tmp_path: Path) -> dict[str, Path]:
 def recipe(folder: Path, **law: Any) -> Path:
     experts = [{"name": "law", "source": "org/law", **law}, {"name": "tuned", "source": "org/tuned"}]
     values = {"base_model": "org/base", "experts": experts, "router": {"start": "random"}}
+    values["card"] = {"license": "apache-2.0"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     return folder / "recipe.yaml"
 

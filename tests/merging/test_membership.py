@@ -10,6 +10,7 @@ from merging_tools import merge, read
 from safetensors.torch import load_file
 from test_fine_tunes import fine_tune, load, pinned
 
+from mergekit_moe.checkpoint import weights_fingerprint
 from mergekit_moe.errors import ExpertError, WorkspaceError
 from mergekit_moe.experts import Expert
 from mergekit_moe.members import add_expert, drop_expert, inspect_model
@@ -51,11 +52,15 @@ def test_dropping_equals_never_having_merged_it(
 
 @pytest.mark.parametrize("router", DATA_FREE, ids=str)
 @pytest.mark.parametrize("anchor", [False, True])
-@pytest.mark.parametrize("name", ["plain", "tuned", "pattern", "dora"])
+@pytest.mark.parametrize("first", ["plain", "tuned"])
+@pytest.mark.parametrize("name", ["tuned", "pattern", "dora"])
 def test_adding_equals_having_merged_it(
-    base_folder: Path, tmp_path: Path, sources: dict[str, Path], name: str, anchor: bool, router: Router
+    base_folder: Path, tmp_path: Path, sources: dict[str, Path], name: str, first: str, anchor: bool, router: Router
 ) -> None:
-    order = [*[other for other in sources if other != name], name]
+    """Whole FFNs first or factored ones: what is added is added to the base's own."""
+    more = {**sources, "tuned": fine_tune(base_folder, tmp_path / "other", 7)} if first == name == "tuned" else sources
+    order = [*sorted((other for other in sources if other != name), key=lambda other: other != first), name]
+    sources = more
     expected = merge(base_folder, experts(base_folder, sources, *order), tmp_path / "whole", router, anchor=anchor)
     fewer = merge(base_folder, experts(base_folder, sources, *order[:-1]), tmp_path / "fewer", router, anchor=anchor)
     add_expert(fewer, str(sources[name]), tmp_path / "added", name=name)
@@ -159,3 +164,60 @@ def test_inspect_tells_what_was_merged(base_folder: Path, tmp_path: Path, source
     rows = torch.stack([router.weight.detach().norm(dim=1) for router in routers_of(load_model(out))]).mean(0)
     assert [expert["router_norm"] for expert in found["experts"]] == pytest.approx(rows.tolist())
     assert json.dumps(found)
+
+
+def test_uniform_routers_stay_uniform_as_experts_come_and_go(
+    base_folder: Path, tmp_path: Path, sources: dict[str, Path]
+) -> None:
+    router = Router(start="uniform")
+    two = merge(base_folder, experts(base_folder, sources, "plain", "dora"), tmp_path / "two", router, top_k=2)
+    three = merge(
+        base_folder, experts(base_folder, sources, "plain", "dora", "tuned"), tmp_path / "three", router, top_k=3
+    )
+    add_expert(two, str(sources["tuned"]), tmp_path / "added", name="tuned")
+    drop_expert(three, "tuned", tmp_path / "dropped")
+    assert contents(tmp_path / "added") == contents(three)
+    assert contents(tmp_path / "dropped") == contents(two)
+
+
+def test_a_model_without_its_anchor_is_one_that_never_had_it(
+    base_folder: Path, tmp_path: Path, sources: dict[str, Path]
+) -> None:
+    order = ("plain", "dora", "pattern")
+    two = merge(
+        base_folder, experts(base_folder, sources, *order[:2]), tmp_path / "two", Router(start="random"), anchor=True
+    )
+    drop_expert(two, "anchor", tmp_path / "dropped")
+    add_expert(tmp_path / "dropped", str(sources["pattern"]), tmp_path / "added", name="pattern")
+    expected = merge(base_folder, experts(base_folder, sources, *order), tmp_path / "three", Router(start="random"))
+    assert contents(tmp_path / "added") == contents(expected)
+
+
+def test_routers_made_from_weights_can_be_fitted_later_and_are_then_fitted_ones(
+    base_folder: Path, tmp_path: Path, sources: dict[str, Path]
+) -> None:
+    words = {"plain": "quick brown fox", "dora": "over the lazy dog", "pattern": "0123 456 789"}
+    rows = [{"text": f"{text} {i}", "expert": name} for name, text in words.items() for i in range(12)]
+    proxies = write_jsonl(tmp_path / "proxies.jsonl", rows)
+    members = experts(base_folder, sources, "plain", "dora")
+    outcomes = []
+    for start in ("arrow", "lda"):
+        two = merge(base_folder, members, tmp_path / f"two-{start}", Router(start=start, context="none"))
+        add_expert(two, str(sources["pattern"]), tmp_path / f"three-{start}", name="pattern", proxies=proxies)
+        outcomes.append(contents(tmp_path / f"three-{start}"))
+    assert outcomes[0] == outcomes[1]
+    with pytest.raises(ExpertError, match="were fitted on proxies"):
+        add_expert(tmp_path / "three-arrow", str(sources["tuned"]), tmp_path / "four", name="tuned")
+
+
+def test_an_expert_of_another_base_is_not_added(base_folder: Path, tmp_path: Path, sources: dict[str, Path]) -> None:
+    """Its own word about its base counts where the merge knew the base's fingerprint, and vouches for nothing else."""
+    fingerprint = weights_fingerprint(base_folder, "base")
+    (sources["plain"] / "expert.json").write_text(json.dumps({"base_weights": fingerprint}))
+    (sources["pattern"] / "expert.json").write_text(json.dumps({"base_weights": "f" * 64}))
+    two = merge(base_folder, experts(base_folder, sources, "plain", "tuned"), tmp_path / "two", DATA_FREE[0])
+    with pytest.raises(ExpertError, match="expert 'pattern': it was trained on another base model"):
+        add_expert(two, str(sources["pattern"]), tmp_path / "three", name="pattern")
+    for name in ("anchor", "soup", "../up", "Law"):
+        with pytest.raises(ExpertError, match="an expert's name is of small letters"):
+            add_expert(two, str(sources["dora"]), tmp_path / "three", name=name)

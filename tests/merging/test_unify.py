@@ -164,12 +164,13 @@ def test_a_value_that_is_not_finite_ends_the_merge_with_its_name(base_folder: Pa
 
 
 def test_an_index_that_points_outside_or_at_nothing_is_refused(base_folder: Path) -> None:
+    (base_folder / "model.safetensors").rename(base_folder / "shard.safetensors")
     index = base_folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
     with pytest.raises(ExpertError, match="not a plain file name"):
         shards_of(base_folder, "base_model")
-    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
-    with pytest.raises(ExpertError, match=r"puts a in model.safetensors, which doesn't have it"):
+    index.write_text(json.dumps({"weight_map": {"a": "shard.safetensors"}}))
+    with pytest.raises(ExpertError, match=r"puts a in shard.safetensors, which doesn't have it"):
         shards_of(base_folder, "base_model")
 
 
