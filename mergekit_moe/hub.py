@@ -26,7 +26,10 @@ class Resolved(NamedTuple):
     @property
     def public_name(self) -> str:
         """What may be published: a Hub id, or a folder's own name without where it lies."""
-        return self.source if self.revision is not None else self.folder.resolve().name
+        if self.revision is not None:
+            return self.source
+        name = Path(self.source).name
+        return name if name not in ("", "..") else self.folder.resolve().name
 
     def header(self, file: str, what: str) -> Header:
         """Return a safetensors file's header, of which no more than that is fetched where it lies on the Hub.
