@@ -58,7 +58,11 @@ def test_adding_equals_having_merged_it(
     base_folder: Path, tmp_path: Path, sources: dict[str, Path], name: str, first: str, anchor: bool, router: Router
 ) -> None:
     """Whole FFNs first or factored ones: what is added is added to the base's own."""
-    more = {**sources, "tuned": fine_tune(base_folder, tmp_path / "other", 7)} if first == name == "tuned" else sources
+    more = (
+        {**sources, "tuned": fine_tune(base_folder, tmp_path / "again" / "tuned", 7)}
+        if first == name == "tuned"
+        else sources
+    )
     order = [*sorted((other for other in sources if other != name), key=lambda other: other != first), name]
     sources = more
     expected = merge(base_folder, experts(base_folder, sources, *order), tmp_path / "whole", router, anchor=anchor)
