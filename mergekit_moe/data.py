@@ -98,11 +98,17 @@ def _on_disk(rows: Iterator[dict[str, str]], columns: Any, name: str) -> "Datase
     return Dataset.from_file(str(file))
 
 
-def fingerprint(sources: Sequence[DataSource], data_dir: Path, what: str) -> list[dict[str, Any]]:
-    """Return what identifies the rows, wherever they lie: content (sha256 or Hub commit), filters and templates."""
+def fingerprint(
+    sources: Sequence[DataSource], data_dir: Path, what: str, *, tell: Callable[[str], None] | None = None
+) -> list[dict[str, Any]]:
+    """Return what identifies the rows, wherever they lie: content (sha256 or Hub commit), filters and templates.
+
+    Args:
+        tell: is given a sentence if the cache has to do for the Hub.
+    """
     elsewhere = {"dataset", "installed", "revision", "tag"}
     return [
-        {**source.model_dump(mode="json", exclude=elsewhere), "content": _content(source, data_dir, what)}
+        {**source.model_dump(mode="json", exclude=elsewhere), "content": _content(source, data_dir, what, tell)}
         for source in sources
     ]
 
@@ -268,7 +274,7 @@ def _builder(path: Path, what: str) -> str:
     return _BUILDERS[suffix]
 
 
-def _content(source: DataSource, data_dir: Path, what: str) -> Any:
+def _content(source: DataSource, data_dir: Path, what: str, tell: Callable[[str], None] | None) -> Any:
     if source.installed is not None:
         return _installed_content(source.installed)
     path = data_dir / str(source.dataset)
@@ -276,7 +282,7 @@ def _content(source: DataSource, data_dir: Path, what: str) -> Any:
         return digest([[str(p.relative_to(path)), file_sha256(p)] for p in sorted(path.rglob("*")) if p.is_file()])
     if path.exists():
         return file_sha256(path)
-    return hub.resolve_dataset(str(source.dataset), source.revision, what)
+    return hub.resolve_dataset(str(source.dataset), source.revision, what, tell=tell)
 
 
 @functools.cache

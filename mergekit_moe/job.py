@@ -62,7 +62,8 @@ class Job:
         pinned, fetched = self._resolved.get((source, revision), (None, False))
         if pinned is None or (weights and not fetched):
             at = pinned.revision if pinned is not None else revision
-            pinned = hub.resolve_model(source, at, self.data_dir, what, weights=weights)
+            tell = self.workspace.report
+            pinned = hub.resolve_model(source, at, self.data_dir, what, weights=weights, tell=tell)
             self._resolved[source, revision] = pinned, weights
         return pinned
 
@@ -94,7 +95,7 @@ class Job:
 
     @functools.cached_property
     def embedder(self) -> hub.Resolved:
-        return resolve_embedder(self.recipe.selection.embedder, self.data_dir)
+        return resolve_embedder(self.recipe.selection.embedder, self.data_dir, self.workspace.report)
 
     def embedder_identity(self) -> dict[str, Any]:
         """Return what the embeddings depend on besides the texts."""
@@ -119,7 +120,7 @@ class Job:
 
     @functools.cached_property
     def pool_fingerprint(self) -> str:
-        return digest(data.fingerprint(self.recipe.pool_sources, self.data_dir, POOL))
+        return digest(data.fingerprint(self.recipe.pool_sources, self.data_dir, POOL, tell=self.workspace.report))
 
     def rows(self, expert: ExpertSource) -> tuple["Dataset | None", "Dataset | None"]:
         """Return an expert's rows to learn from and its held-out rows, None where the recipe gives none."""

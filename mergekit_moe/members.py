@@ -53,7 +53,7 @@ def add_expert(
             f"the routers of {folder} were fitted on proxies, and the new expert's rows need its own: give --proxies, "
             "rows with `text` and `expert` of every expert, or add it to the recipe and run that again"
         )
-    resolved = resolve_model(source, revision, Path(), f"expert '{name}'")
+    resolved = resolve_model(source, revision, Path(), f"expert '{name}'", tell=tell)
     known = unified.report["base_weights"]
     base_weights = None if known is None else lambda: str(known)
     expert = read_expert(name, resolved, base_within(unified), base_weights=base_weights, same_base=same_base)

@@ -3,7 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ from mergekit_moe.workspace import process_state
 _PACKAGE = "package:"
 
 
-def resolve_embedder(name: str, base: Path) -> Resolved:
+def resolve_embedder(name: str, base: Path, tell: Callable[[str], None] = lambda line: None) -> Resolved:
     """Return where the embedder lies: a folder, an installed package's model, or a Hub repository at a commit.
+
+    Args:
+        tell: is given a sentence if the cache has to do for the Hub.
 
     Raises:
         SelectionError: if the package isn't installed or holds no model.
         ExpertError: if it is neither a folder nor to be had from the Hub.
     """
     if not name.startswith(_PACKAGE):
-        return resolve_model(name, None, base, "selection.embedder")
+        return resolve_model(name, None, base, "selection.embedder", tell=tell)
     package = name.removeprefix(_PACKAGE)
     try:
         folder = importlib.import_module(package).get_model_path()
