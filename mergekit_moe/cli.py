@@ -212,6 +212,63 @@ def inspect(
     console.print(table)
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="experts/<name>, a unified model, or an export.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub; made if it isn't there.")],
+    public: Annotated[bool, typer.Option("--public", help="Let anybody see it; private if not given.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and their sizes, upload nothing.")] = False,
+    message: Annotated[str | None, typer.Option("--message", help="The commit's.")] = None,
+) -> None:
+    """Upload a folder that metamoe made to the Hub, in one commit."""
+    from mergekit_moe import pushing
+
+    if dry_run:
+        kind, files = pushing.files_to_push(folder, _tell)
+        table = Table("file", "bytes", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.columns[1].justify = "right"
+        for name, path in files.items():
+            table.add_row(_escaped(name), f"{path.stat().st_size:,}")
+        console.print(table)
+        seen = "public" if public else "private"
+        total = sum(path.stat().st_size for path in files.values())
+        _tell(f"{kind} for {repository}, {seen}: {len(files)} files, {total:,} bytes; nothing was uploaded")
+        return
+    pushed = pushing.push(folder, repository, public=public, message=message, tell=_tell)
+    _tell(f"{pushed.url} {'' if pushed.is_new else '(up to date: no new commit)'}".rstrip())
+    _tell(f"commit: {pushed.sha}")
+
+
+@app.command()
+def find(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model's Hub id.")],
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many repositories to look at.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List experts on the Hub for a base model, each confirmed by its configs and headers; fetches no weights."""
+    import json
+
+    from mergekit_moe.finding import find_experts
+
+    sha, found = find_experts(base, limit=limit)
+    if as_json:
+        experts = [expert._asdict() for expert in found]
+        console.print_json(json.dumps({"base_model": {"source": base, "revision": sha}, "experts": experts}))
+        return
+    _tell(f"{base} at {sha[:7]}: {len(found)} repositories say that they were made from it")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for title in ("source", "kind", "proxies", "licence", "sha", "downloads"):
+        table.add_column(title, justify="right" if title == "downloads" else "left")
+    for expert in found:
+        kind = expert.kind or "can't be merged"
+        cells = [expert.source, kind, "yes" if expert.proxies else "no", expert.license or "unknown"]
+        table.add_row(*map(_escaped, cells), (expert.sha or "unknown")[:7], f"{expert.downloads:,}")
+    console.print(table)
+    for expert in found:
+        if expert.problem:
+            _tell(f"{expert.source}: {expert.problem}")
+
+
 def _spread(rank: int | list[int]) -> str:
     """Return a rank, or the least and the largest of the layers'."""
     return str(rank) if isinstance(rank, int) else f"{min(rank)}-{max(rank)}"
@@ -225,6 +282,9 @@ def main() -> None:
     """Run the command line; a user's error is one sentence on stderr and exit code 2."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # of what is tried again: addresses of storage are signed
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # PEFT's call, not the user's: nothing that they could do about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:

@@ -27,3 +27,7 @@ class WorkspaceError(MetaMoeError):
 
 class ExportError(MetaMoeError):
     """A unified model can't be written in the format that was asked for."""
+
+
+class HubError(MetaMoeError):
+    """The Hub doesn't take or find what it was asked to, or a folder is none that may be pushed there."""

@@ -14,7 +14,10 @@ MATERIAL = {
     *("training", "updates", "weights"),
 }
 STAGES = {"alignment", "cards", "evaluation", "export", "merging", "publication", "routing", "seed", "selection"}
-TOP = {"carding", "exporting", "job", "members", "plan", "pipeline", "selecting", "cli", "__main__"}
+TOP = {
+    *("carding", "exporting", "finding", "job", "members", "plan", "pipeline", "pushing", "selecting"),
+    *("cli", "__main__"),
+}
 MODELING = {"modeling"}
 
 

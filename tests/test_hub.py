@@ -54,7 +54,11 @@ def test_an_expert_is_fetched_at_one_commit_without_pickles_or_code(published: P
 @pytest.mark.parametrize(
     ("name", "revision", "message"),
     [
-        ("firm/none", "", "expert 'law': firm/none is neither a folder here nor a repository on the Hub"),
+        (
+            "firm/none",
+            "",
+            "expert 'law': firm/none is no folder here, and is no repository on the Hub",
+        ),
         ("firm/law", "v9", "expert 'law': firm/law has no revision 'v9'"),
     ],
 )
@@ -69,7 +73,7 @@ def test_what_is_not_there_is_one_sentence(
 
 def test_a_hub_that_is_down_is_one_sentence(tmp_path: Path) -> None:
     done = fetch("http://127.0.0.1:9", tmp_path / "cache", "firm/law")
-    assert "expert 'law': firm/law is no folder here, and the Hub did not answer" in done.stderr
+    assert "expert 'law': firm/law is no folder here, and can't be had: the Hub did not answer" in done.stderr
 
 
 def test_a_folder_is_taken_as_it_is_and_has_no_revision(tmp_path: Path) -> None:
@@ -115,4 +119,4 @@ def test_a_pool_is_read_from_a_hub_data_set_at_one_commit(tmp_path: Path, way: s
     assert runs[0].stdout.split("\n")[:2] == ["text 0", "text 1"], runs[0].stderr[-3000:]
     assert f"/datasets/org/mix/resolve/{SHA}/train.jsonl" in asked
     assert runs[1].returncode == 1
-    assert runs[1].stderr.startswith("public_pool: org/none is neither a folder here nor a repository on the Hub")
+    assert runs[1].stderr.startswith("public_pool: org/none is no folder here, and is no repository on the Hub")

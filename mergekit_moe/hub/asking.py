@@ -20,6 +20,8 @@ _PATIENCE = 120.0
 _SILENCE = 60.0
 """Seconds without a byte after which the Hub is too slow."""
 _BUSY = (408, 429, 500, 502, 503, 504)
+_HUB_SAYS = ("Invalid metadata in README.md", "LFS batch API returned errors", "Malformed response")
+"""How huggingface_hub begins what the Hub says of a card or an upload."""
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
@@ -27,11 +29,14 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 class RefusalError(Exception):
     """Why the Hub didn't do what was asked. Its text ends a sentence that begins with the repository's name.
 
-    It never quotes what a server or a library said: that may hold anything, a token included.
+    It doesn't quote what a server or a library said, which may hold anything, a token included; where it has to, the
+    token is left out.
     """
 
-    def __init__(self, reason: str, *, down: bool = False, status: int | None = None) -> None:
+    def __init__(self, reason: str, *, down: bool = False, absent: bool = False, status: int | None = None) -> None:
         super().__init__(reason)
+        self.absent = absent
+        """There is no such repository for us."""
         self.down = down
         """Nobody answered, or only to say that they can't now: not a word about the repository."""
         self.status = status
@@ -160,10 +165,9 @@ def _refusal(cause: BaseException, revision: str | None) -> RefusalError:
 
     status = _status(cause)
     if isinstance(cause, HFValidationError):
-        reason = "is neither a folder here nor a valid Hub id; give a folder or an id such as org/name"
-        return RefusalError(reason, status=status)
+        return RefusalError("is no valid Hub id; give an id such as org/name", absent=True)
     if isinstance(cause, OfflineModeIsEnabled):
-        reason = "is no folder here, and offline mode keeps it from being looked up on the Hub; unset HF_HUB_OFFLINE"
+        reason = "can't be looked up on the Hub in offline mode, and the cache lacks it; unset HF_HUB_OFFLINE"
         return RefusalError(reason, down=True)
     if isinstance(cause, GatedRepoError):
         return RefusalError(f"is gated; ask for access on its page and {LOG_IN}", status=status)
@@ -174,25 +178,41 @@ def _refusal(cause: BaseException, revision: str | None) -> RefusalError:
     if isinstance(cause, EntryNotFoundError):
         return RefusalError("has no such file", status=status)
     if isinstance(cause, RepositoryNotFoundError) or status in (401, 403, 404):
-        return RefusalError(_no_access(cause), status=status)
+        return RefusalError(_no_access(cause), absent=_is_absent(cause), status=status)
     if _is_passing(cause) or isinstance(cause, HTTPError):
         return _unanswered(cause, status)
     if isinstance(cause, OSError) and cause.errno is not None:
         return RefusalError(f"can't be kept in the cache: {cause.strerror}; make room, or set HF_HOME to another place")
+    if isinstance(cause, ValueError) and str(cause).startswith(_HUB_SAYS):
+        return RefusalError(f"isn't taken by the Hub: {_without_token(' '.join(str(cause).split()))}")
     raise cause
+
+
+def _without_token(text: str) -> str:
+    from huggingface_hub.utils import get_token
+
+    token = get_token()
+    return text.replace(token, "[token]") if token else text
+
+
+def _is_absent(cause: BaseException) -> bool:
+    return _status(cause) != 403 and not _is_bad_token(cause)
+
+
+def _is_bad_token(cause: BaseException) -> bool:
+    message = cause.response.headers.get("x-error-message", "")  # type: ignore[attr-defined]
+    return _status(cause) == 401 and ("Invalid credentials" in message or "expired" in message)
 
 
 def _no_access(cause: BaseException) -> str:
     """Return why one isn't let in; to strangers the Hub doesn't tell private repositories from missing ones."""
     from huggingface_hub.utils import get_token
 
-    message = getattr(cause, "response").headers.get("x-error-message", "")  # noqa: B009
-    status = _status(cause)
-    if status == 401 and ("Invalid credentials" in message or "expired" in message):
+    if _is_bad_token(cause):
         return f"can't be asked for: the Hub doesn't know your token; {LOG_IN} anew"
-    if status == 403:
+    if _status(cause) == 403:
         return "is closed to your token (403); give the token that right in its settings on the Hub, or use another"
-    absent = "is neither a folder here nor a repository on the Hub that"
+    absent = "is no repository on the Hub that"
     if get_token() is None:
         return f"{absent} anybody may see; check the name, or, if it is private, {LOG_IN}"
     return f"{absent} your account may see; check the name, or ask its owner for access"
@@ -205,9 +225,9 @@ def _unanswered(cause: BaseException, status: int | None) -> RefusalError:
         reason = f"can't be had: the Hub answers {status}; check the name, or try again"
         return RefusalError(reason, status=status)
     elif status is not None:
-        reason = f"is no folder here, and the Hub did not answer ({status}); try again later"
+        reason = f"can't be had: the Hub did not answer ({status}); try again later"
     elif "Timeout" in type(cause).__name__:
-        reason = "is no folder here, and the Hub did not answer in time; check the network, or try again"
+        reason = "can't be had: the Hub did not answer in time; check the network, or try again later"
     else:
-        reason = f"is no folder here, and the Hub did not answer ({type(cause).__name__}); check the path, or try again"
+        reason = f"can't be had: the Hub did not answer ({type(cause).__name__}); check the network, or try again later"
     return RefusalError(reason, down=True, status=status)

@@ -89,7 +89,7 @@ def resolve_model(
     try:
         fetched = _fetch(source, revision, patterns, "model", lambda why: tell(f"note: {what}: {source} {why}"))
     except RefusalError as refusal:
-        raise ExpertError(f"{what}: {source} {refusal}") from None
+        raise ExpertError(f"{what}: {_sentence(source, refusal)}") from None
     return Resolved(fetched, source, fetched.name)
 
 
@@ -116,7 +116,7 @@ def _fetch(source: str, revision: str | None, patterns: list[str], kind: str, te
     return folder
 
 
-def commit_of(source: str, revision: str | None, kind: str = "model") -> str:
+def commit_of(source: str, revision: str | None = None, kind: str = "model") -> str:
     """Return the sha of the commit that a revision stands for now.
 
     Raises:
@@ -146,6 +146,11 @@ def _from_cache(
     require_intact_cache(folder, filter_repo_objects(present, allow_patterns=patterns))
     tell(f"is taken from the cache at {folder.name[:7]}, since {_absence()}")
     return folder
+
+
+def _sentence(source: str, refusal: RefusalError) -> str:
+    """Return why a source isn't to be had; a mistyped folder looks like a repository that isn't there."""
+    return f"{source} is no folder here, and {refusal}" if refusal.down or refusal.absent else f"{source} {refusal}"
 
 
 def _absence() -> str:
@@ -211,7 +216,7 @@ def resolve_dataset(source: str, revision: str | None, what: str, *, tell: Tell 
     try:
         sha, note = _pin_dataset(source, revision)
     except RefusalError as refusal:
-        raise DataError(f"{what}: {source} {refusal}") from None
+        raise DataError(f"{what}: {_sentence(source, refusal)}") from None
     if note and tell is not None:
         tell(f"note: {what}: {source} {note}")
     return f"{source}@{sha}"

@@ -1,0 +1,265 @@
+"""Upload a folder that metamoe made to the Hub: in one commit, whole or not at all, and nothing that isn't ours."""
+
+import fnmatch
+import getpass
+import re
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mergekit_moe import __version__
+from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG
+from mergekit_moe.checkpoint import INDEX, read_config
+from mergekit_moe.errors import HubError
+from mergekit_moe.experts import ABOUT, PROXIES, STATISTICS
+from mergekit_moe.hub.asking import LOG_IN, RefusalError, ask
+from mergekit_moe.hub.downloads import commit_of
+from mergekit_moe.hub.verifying import digest_like, listed_files
+from mergekit_moe.workspace import MANIFEST, file_sha256
+
+_CARD = "README.md"
+_CHECKPOINT = (
+    *("config.json", "generation_config.json", "*.safetensors", INDEX, _CARD, MANIFEST),
+    *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja"),
+)
+_KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "expert": ((ADAPTER, ADAPTER_CONFIG, ABOUT), (PROXIES, STATISTICS, _CARD, MANIFEST)),
+    "native model": (("config.json", "export_report.json"), _CHECKPOINT),
+    "merged model": (("config.json", "merge.json"), (*_CHECKPOINT, "*_metamoe.py", "router_training.json")),
+    "seed model": (("config.json", "model.safetensors", MANIFEST), _CHECKPOINT),
+}
+"""What may be pushed -> the files by which it is known, and the others that it may have."""
+_PRIVATE_INPUTS = {"private", "held_out", "embeddings", "gains"}
+"""In the manifest of a folder that stays with the client."""
+
+
+class Pushed(NamedTuple):
+    """Where a folder lies now."""
+
+    url: str
+    sha: str
+    """Of the repository's head, which holds the folder."""
+    is_new: bool
+    """False if the head held it already."""
+
+
+class _Upload(NamedTuple):
+    """What is to be pushed where."""
+
+    repository: str
+    kind: str
+    files: dict[str, Path]
+    message: str
+    digests: dict[tuple[str, int], str]
+    """(name, length of the digest) -> digest, of files that were read already."""
+
+    def is_like(self, name: str, stated: str) -> bool:
+        """True if the file is the one that the Hub states the digest of."""
+        key = name, len(stated)
+        if key not in self.digests:
+            self.digests[key] = digest_like(self.files[name], stated)
+        return self.digests[key] == stated
+
+
+def files_to_push(folder: Path, tell: Callable[[str], None] = lambda line: None) -> tuple[str, dict[str, Path]]:
+    """Return what a folder is, and name -> path of the files that would be uploaded.
+
+    Args:
+        tell: is given a sentence about a file that stays here.
+
+    Raises:
+        HubError: if it is no folder that metamoe makes for others, or holds anything besides.
+    """
+    if not folder.is_dir():
+        raise HubError(f"{folder} is not a folder; give one that metamoe made, such as experts/<name> or model")
+    files = {path.name: path for path in sorted(folder.iterdir())}
+    kind = next((kind for kind, (marks, _) in _KINDS.items() if all(mark in files for mark in marks)), None)
+    if kind is None:
+        known = "; ".join(f"{kind} ({', '.join(marks)})" for kind, (marks, _) in _KINDS.items())
+        raise HubError(f"{folder} is nothing that can be pushed; known by their files are: {known}")
+    for path in files.values():
+        _require_ours(path, kind)
+    if not _manifest_is_public(folder, files):
+        del files[MANIFEST]
+        tell(f"note: {MANIFEST} stays here: it names a path, a user or a machine")
+    return kind, files
+
+
+def push(
+    folder: Path,
+    repository: str,
+    *,
+    public: bool = False,
+    message: str | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Pushed:
+    """Upload a folder in one commit; what the repository has of it already is not uploaded again.
+
+    Args:
+        repository: `org/name` or `user/name`; made if it isn't there.
+        public: True to let anybody see it; a repository that is there already must be so.
+        message: of the commit.
+        tell: is given a line about each thing that is done.
+
+    Raises:
+        HubError: if the folder isn't one to push, the Hub doesn't take it, or somebody else changed the repository
+            meanwhile. The repository's head is then the old commit, or a whole one.
+    """
+    from huggingface_hub import get_token
+
+    kind, files = files_to_push(folder, tell)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise HubError(f"{repository} is no name of a repository; give org/name")
+    if get_token() is None:
+        raise HubError(f"{repository} can't be written without a token; {LOG_IN}")
+    upload = _Upload(repository, kind, files, message or f"Upload {kind} with metamoe {__version__}", {})
+    try:
+        _require_repository(repository, public, tell)
+        return _upload(upload, tell)
+    except RefusalError as refusal:
+        raise HubError(f"{repository} {refusal}") from None
+
+
+def _require_ours(path: Path, kind: str) -> None:
+    """Raise HubError for what a folder of this kind doesn't hold when metamoe made it."""
+    marks, others = _KINDS[kind]
+    if path.is_symlink():
+        raise HubError(f"{path} is a link, and what it leads to may be anything; put the file itself there")
+    if not path.is_file():
+        raise HubError(f"{path} is a folder; a {kind} has none, so move it away")
+    if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in (*marks, *others)):
+        raise HubError(f"{path} is no file of a {kind}, which is {', '.join((*marks, *others))}; move it away")
+    if path.suffix in (".json", ".md") and path.name not in ("tokenizer.json", MANIFEST):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for place in (str(Path.home()), str(path.parent.resolve().parent)):
+            if len(place) > 2 and re.search(re.escape(place) + r"(?![\w-])", text):
+                raise HubError(f"{path} names a folder of this machine; take that out before it is published")
+
+
+def _manifest_is_public(folder: Path, files: dict[str, Path]) -> bool:
+    """True for a manifest that may be published, and where there is none.
+
+    Raises:
+        HubError: if it says that the folder stays here, or weights aren't those that it was written for.
+    """
+    if MANIFEST not in files:
+        return True
+    manifest = read_config(folder, MANIFEST, "push")
+    inputs, outputs = manifest.get("inputs"), manifest.get("outputs")
+    if not isinstance(inputs, dict) or not isinstance(outputs, dict) or inputs.keys() & _PRIVATE_INPUTS:
+        raise HubError(
+            f"{files[MANIFEST]} is of a folder that isn't made to be published; push experts/<name> or model"
+        )
+    for name, path in files.items():
+        if path.suffix == ".safetensors" and name in outputs and file_sha256(path) != outputs[name].get("sha256"):
+            raise HubError(f"{path} isn't what {MANIFEST} says that it was when it was made; make the folder again")
+    here = {getpass.getuser(), socket.gethostname()}
+    return not any(_names_a_place(text, here) for text in _strings(manifest))
+
+
+def _names_a_place(text: str, here: set[str]) -> bool:
+    return text in here or re.search(r"(^|[\s\"'=:(])(/|~|[A-Za-z]:\\|\.\.?/)", text) is not None
+
+
+def _strings(value: Any) -> Iterable[str]:
+    """Yield every string of a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _require_repository(repository: str, public: bool, tell: Callable[[str], None]) -> None:
+    """Make the repository unless it is there; it must be seen by those by whom it is meant to be seen."""
+    from huggingface_hub import HfApi
+
+    try:
+        private = _is_private(repository)
+    except RefusalError as refusal:
+        if not refusal.absent:
+            raise
+        ask(lambda: HfApi().create_repo(repository, private=not public, exist_ok=True))
+        tell(f"made {repository}, {'public' if public else 'private'}")
+        private = _is_private(repository)
+    if private == public:
+        seen = "private" if private else "public"
+        remedy = "leave --public out" if private else "give --public"
+        raise HubError(f"{repository} is {seen}; {remedy} if that is right, or change it in its settings on the Hub")
+
+
+def _is_private(repository: str) -> bool:
+    from huggingface_hub import HfApi
+
+    return bool(ask(lambda: HfApi().model_info(repository).private))
+
+
+def _upload(upload: _Upload, tell: Callable[[str], None]) -> Pushed:
+    """Bring the head to hold the files; a commit whose bytes were damaged on the way is mended by one more."""
+    first = head = commit_of(upload.repository)
+    for _ in range(2):
+        changed, stale = _differences(upload, head)
+        if not changed and not stale:
+            return Pushed(_address(upload.repository, head), head, head != first)
+        tell(f"uploading {len(changed)} of {len(upload.files)} files" + (f", deleting {len(stale)}" if stale else ""))
+        head = _commit(upload, changed, stale, parent=head)
+    if any(_differences(upload, head)):
+        raise HubError(f"{upload.repository} holds other bytes at {head[:7]} than were sent; push again")
+    return Pushed(_address(upload.repository, head), head, True)
+
+
+def _differences(upload: _Upload, sha: str) -> tuple[list[str], list[str]]:
+    """Return names of files that a commit lacks or has otherwise, and of weights there that are none of the folder's.
+
+    Loaders would read those: `model.safetensors` before an index of shards.
+    """
+    listed = listed_files(upload.repository, sha)
+    changed = [name for name in upload.files if name not in listed or not upload.is_like(name, listed[name])]
+    weights = [name for name in listed if name.endswith(".safetensors") or name == INDEX]
+    return changed, [name for name in weights if "/" not in name and name not in upload.files]
+
+
+def _commit(upload: _Upload, changed: list[str], stale: list[str], *, parent: str) -> str:
+    """Make one commit on top of `parent`, and no second one where only the answer was lost; return its sha."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    additions = [CommitOperationAdd(name, str(upload.files[name])) for name in changed]
+    deletions = [CommitOperationDelete(name, is_folder=False) for name in stale]
+    tries = 0
+
+    def send() -> str:
+        nonlocal tries
+        tries += 1
+        if tries > 1 and (head := commit_of(upload.repository)) != parent:
+            if any(_differences(upload, head)):
+                raise _changed(upload.repository)
+            return head
+        made = HfApi().create_commit(
+            upload.repository, [*additions, *deletions], commit_message=upload.message, parent_commit=parent
+        )
+        return str(made.oid)
+
+    try:
+        return ask(send)
+    except RefusalError as refusal:
+        if refusal.status in (409, 412):
+            raise _changed(upload.repository) from None
+        raise
+
+
+def _changed(repository: str) -> HubError:
+    return HubError(
+        f"{repository} was changed by somebody else while this was being uploaded, and nothing of it was published; "
+        "look at the repository, then push again"
+    )
+
+
+def _address(repository: str, sha: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repository}/commit/{sha}"
