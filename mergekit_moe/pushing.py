@@ -127,9 +127,10 @@ def _require_ours(path: Path, kind: str) -> None:
     if path.is_symlink():
         raise HubError(f"{path} is a link, and what it leads to may be anything; put the file itself there")
     if not path.is_file():
-        raise HubError(f"{path} is a folder; a {kind} has none, so move it away")
+        raise HubError(f"{path} is a folder, and what is pushed as '{kind}' has none; move it away")
     if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in (*marks, *others)):
-        raise HubError(f"{path} is no file of a {kind}, which is {', '.join((*marks, *others))}; move it away")
+        allowed = ", ".join((*marks, *others))
+        raise HubError(f"{path} is none of the files that are pushed as '{kind}': {allowed}; move it away")
     if path.suffix in (".json", ".md") and path.name not in ("tokenizer.json", MANIFEST):
         text = path.read_text(encoding="utf-8", errors="replace")
         for place in (str(Path.home()), str(path.parent.resolve().parent)):

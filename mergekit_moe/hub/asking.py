@@ -64,6 +64,9 @@ def ask(call: Callable[[], Answer], *, revision: str | None = None) -> Answer:
             raise
         except (HTTPError, OSError, RuntimeError, ValueError) as failure:
             cause = _cause(failure)
+            if isinstance(cause, JSONDecodeError):
+                # Where huggingface_hub reads the body before the status: an error's is often no JSON.
+                cause.response = purse.failed  # type: ignore[attr-defined]
             passing = _is_passing(cause)
             if isinstance(cause, RefusalError):
                 raise cause from None
@@ -82,6 +85,8 @@ class _Purse:
 
     def __init__(self) -> None:
         self._left = _PATIENCE
+        self.failed: Any = None
+        """The last response, if it was an error."""
 
     def spend(self, seconds: float) -> None:
         """Raise RefusalError if that is more than is left."""
@@ -97,18 +102,23 @@ def _watched(purse: _Purse) -> Iterator[None]:
     """Inside the block, huggingface_hub waits neither without end for an answer nor longer than the purse allows."""
     from huggingface_hub.utils import get_session
 
-    def look(response: Any) -> None:
+    def before(request: Any) -> None:
+        # Some calls name None themselves, which a client's default doesn't change.
+        given = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {part: seconds or _SILENCE for part, seconds in given.items()}
+
+    def after(response: Any) -> None:
+        purse.failed = response if response.status_code >= 400 else None
         if response.status_code in _BUSY:
             purse.spend(_asked_wait(response) or 0.0)
 
     client: Any = get_session()
-    before, hooks = client.timeout, client.event_hooks
-    client.timeout = _SILENCE
-    client.event_hooks = {**hooks, "response": [*hooks.get("response", []), look]}
+    hooks = client.event_hooks
+    client.event_hooks = {"request": [*hooks["request"], before], "response": [*hooks["response"], after]}
     try:
         yield
     finally:
-        client.timeout, client.event_hooks = before, hooks
+        client.event_hooks = hooks
 
 
 def _asked_wait(response: Any) -> float | None:
@@ -222,7 +232,7 @@ def _unanswered(cause: BaseException, status: int | None) -> RefusalError:
     if status == 429:
         reason = "can't be had now: the Hub says that it is asked too often (429); try again in a few minutes"
     elif status is not None and status not in _BUSY:
-        reason = f"can't be had: the Hub answers {status}; check the name, or try again"
+        reason = f"doesn't take what was sent ({status}); it may have been damaged on the way: try again"
         return RefusalError(reason, status=status)
     elif status is not None:
         reason = f"can't be had: the Hub did not answer ({status}); try again later"

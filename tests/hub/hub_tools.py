@@ -13,11 +13,27 @@ TOKEN = "hf_canaryTOKENcanaryTOKENcanary"
 
 # Pauses are part of what is tested nowhere but where the clock is read.
 _HURRY = """
-import time
+import os, time
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.01))
+from mergekit_moe.hub import asking
+asking._SILENCE = float(os.environ.get("SILENCE", "60"))
+"""
+_METAMOE = """
 from mergekit_moe import cli
 cli.main()
+"""
+_FETCH = """
+import sys
+from pathlib import Path
+from mergekit_moe.errors import MetaMoeError
+from mergekit_moe.hub import resolve_model
+try:
+    resolved = resolve_model(sys.argv[1], sys.argv[2] or None, Path("/nowhere"), "expert 'law'", tell=print)
+except MetaMoeError as error:
+    print("error:", error, file=sys.stderr)
+    sys.exit(2)
+print(resolved.folder)
 """
 
 
@@ -44,13 +60,25 @@ def metamoe(
     hub: Hub, home: Path, *arguments: object, token: str | None = TOKEN, hurry: bool = True, **others: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `metamoe`; no token may be seen in what it prints, and it never asks."""
-    command = [sys.executable, "-c", _HURRY] if hurry else [sys.executable, "-m", "mergekit_moe"]
+    script = (_HURRY if hurry else "") + _METAMOE
+    return _run(hub, script, environment(hub, home, token, **others), *arguments)
+
+
+def fetch(
+    hub: Hub, home: Path, source: str = "firm/law", revision: str = "", token: str | None = None, **others: str
+) -> subprocess.CompletedProcess[str]:
+    """Resolve a model; the last line that is printed is its folder."""
+    variables = environment(hub, home, token, HF_HUB_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", **others)
+    return _run(hub, _HURRY + _FETCH, variables, source, revision)
+
+
+def _run(hub: Hub, script: str, variables: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [*command, *map(str, arguments)],
+        [sys.executable, "-c", script, *map(str, arguments)],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        env=environment(hub, home, token, **others),
+        env=variables,
         timeout=300,
     )
     for secret in hub.users:
