@@ -7,6 +7,8 @@ import tempfile
 
 # Before any Hugging Face import: a test that reaches for the network is a wrong test.
 os.environ["HF_HUB_OFFLINE"] = "1"
+for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    os.environ.pop(name, None)  # a developer's own is nobody's business, and no loopback Hub knows it
 # A home of the tests' own, so that what a stage leaves outside its workspace can be seen and goes away.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mergekit_moe-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)

@@ -140,7 +140,7 @@ def test_installed_text_is_there_and_the_same_twice(corpus: str) -> None:
         ({"text": "{q}", "where": {"kind": "law"}}, "has no row with text in it"),
         ({"dataset": "broken.jsonl", "text": "{q}"}, "broken.jsonl can't be read"),
         ({"dataset": "d.docx", "text": "{q}"}, "d.docx is of no known kind; allowed are .jsonl"),
-        ({"dataset": "org/name", "text": "{q}"}, "offline mode keeps it from being looked up"),
+        ({"dataset": "org/name", "text": "{q}"}, "can't be looked up on the Hub in offline mode"),
         ({"dataset": "empty.jsonl", "text": "{q}"}, "empty.jsonl"),
         ({"dataset": "blank.jsonl", "text": "{q}"}, "has no row with text in it"),
     ],

@@ -74,6 +74,19 @@ def test_the_shipped_model_code_needs_only_torch_and_transformers() -> None:
                 assert {a.name.split(".")[0] for a in node.names} <= standard | {"torch", "transformers"}
 
 
+def test_nothing_is_loaded_that_could_run_a_checkpoint_s_own_code() -> None:
+    """Left out, `trust_remote_code` asks on stdin. PEFT has no such thing: it is given the loaded base."""
+    loaders = 0
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called == "SentenceTransformer" or called.endswith(".from_pretrained"):
+                loaders += 1
+                safe = called == "PeftModel.from_pretrained" or "trust_remote_code=False" in ast.unparse(node)
+                assert safe, (path, node.lineno)
+    assert loaders >= 5
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     script = (

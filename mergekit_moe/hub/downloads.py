@@ -2,6 +2,8 @@
 
 import functools
 import glob
+import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +13,7 @@ from mergekit_moe.checkpoint import Header, header_length, parse_header, read_he
 from mergekit_moe.errors import DataError, ExpertError
 from mergekit_moe.hub.asking import RefusalError, ask
 from mergekit_moe.hub.verifying import listed_files, require_intact, require_intact_cache
+from mergekit_moe.workspace import digest, read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -173,9 +176,15 @@ def _remember(folder: Path, revision: str | None) -> None:
     Offline mode finds the files by it.
     """
     if not _is_sha(revision):
-        reference = folder.parents[1] / "refs" / (revision or "main")
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        reference.write_text(folder.name, encoding="utf-8")
+        _write_whole(folder.parents[1] / "refs" / (revision or "main"), folder.name)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that other processes see whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def _remote_header(model: Resolved, file: str, what: str) -> Header:
@@ -263,17 +272,27 @@ def load_hub_dataset(
 
 def _fetch_dataset(source: str, sha: str, revision: str | None) -> Path:
     """Return the snapshot of a data set that holds the files of its default configuration."""
-    from datasets import load_dataset_builder
+    names = _files_of_rows(source, sha)
+    folder = _fetch(source, sha, [*map(glob.escape, names), *_ABOUT_DATA], "dataset", lambda line: None)
+    _remember(folder, revision)
+    return folder
 
+
+def _files_of_rows(source: str, sha: str) -> list[str]:
+    """Return the files that the default configuration reads; noted in the cache, for a commit doesn't change."""
+    from datasets import config, load_dataset_builder
+
+    note = Path(config.HF_DATASETS_CACHE) / "mergekit_moe" / f"{digest([source, sha])}.files.json"
+    if note.is_file():
+        return read_json(note)
     if _is_offline():
-        return _fetch(source, sha, ["*"], "dataset", lambda line: None)
+        raise RefusalError("can't be looked up on the Hub in offline mode, and the cache lacks it", down=True)
     files: dict[str, list[str]] = ask(lambda: load_dataset_builder(source, revision=sha)).config.data_files or {}
     names = [url.partition(f"@{sha}/")[2] for split in files.values() for url in split]
     if not all(names) or not names:
         raise RefusalError(f"has no files of rows at {sha[:7]} that the Hub would tell of; try again")
-    folder = _fetch(source, sha, [*map(glob.escape, names), *_ABOUT_DATA], "dataset", lambda line: None)
-    _remember(folder, revision)
-    return folder
+    _write_whole(note, json.dumps(names))
+    return names
 
 
 def _is_path(source: str) -> bool:

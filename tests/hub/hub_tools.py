@@ -59,9 +59,9 @@ def environment(hub: Hub, home: Path, token: str | None = TOKEN, **others: str) 
 def metamoe(
     hub: Hub, home: Path, *arguments: object, token: str | None = TOKEN, hurry: bool = True, **others: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `metamoe`; no token may be seen in what it prints, and it never asks."""
-    script = (_HURRY if hurry else "") + _METAMOE
-    return _run(hub, script, environment(hub, home, token, **others), *arguments)
+    """Run `metamoe`."""
+    variables = environment(hub, home, token, **others)
+    return run_script(hub, _METAMOE, variables, *arguments, hurry=hurry)
 
 
 def fetch(
@@ -69,12 +69,15 @@ def fetch(
 ) -> subprocess.CompletedProcess[str]:
     """Resolve a model; the last line that is printed is its folder."""
     variables = environment(hub, home, token, HF_HUB_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", **others)
-    return _run(hub, _HURRY + _FETCH, variables, source, revision)
+    return run_script(hub, _FETCH, variables, source, revision)
 
 
-def _run(hub: Hub, script: str, variables: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
+def run_script(
+    hub: Hub, script: str, variables: dict[str, str], *arguments: object, hurry: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own; no token may be seen in what it prints, and it never asks."""
     done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
+        [sys.executable, "-c", (_HURRY if hurry else "") + script, *map(str, arguments)],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

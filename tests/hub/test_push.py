@@ -157,9 +157,6 @@ def test_what_stays_is_one_sentence_and_publishes_nothing(
         return
     assert message in the_error(done)
     assert_nothing_published(hub)
-    hub.faults.clear()
-    assert push(hub, expert).returncode == 0, "and can be gone on with"
-    assert_published(hub, expert)
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if not place.startswith("GET")])
