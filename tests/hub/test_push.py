@@ -3,13 +3,15 @@
 import json
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hub_tools import TOKEN, hub_with_users, metamoe, the_error
+from hub_tools import TOKEN, environment, hub_with_users, metamoe, the_error
 from loopback_hub import Fault, Hub, serve
 from safetensors.torch import save_file
 
@@ -180,6 +182,21 @@ def test_an_upload_that_was_interrupted_goes_on_with_what_is_there(hub: Hub, exp
     hub.log.clear()
     assert push(hub, expert).returncode == 0
     assert [line for line in hub.log if line.startswith("PUT ")] == [f"PUT /lfs/{sha}"]
+    assert_published(hub, expert)
+
+
+def test_killed_in_the_middle_of_an_upload_nothing_is_published_and_the_rest_goes_on(hub: Hub, expert: Path) -> None:
+    hub.faults = [Fault(f"PUT /lfs/{file_sha256(expert / 'routing_statistics.safetensors')}", "slow", seconds=3)]
+    command = [sys.executable, "-m", "mergekit_moe", "push", str(expert), "org/law"]
+    process = subprocess.Popen(command, env=environment(hub, expert.parents[2] / "home"), stdout=subprocess.DEVNULL)
+    while not (hub.faults[0].seen and hub.large):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert_nothing_published(hub)
+    hub.log.clear()
+    assert push(hub, expert).returncode == 0
+    assert f"PUT /lfs/{file_sha256(expert / 'adapter_model.safetensors')}" not in hub.log
     assert_published(hub, expert)
 
 
