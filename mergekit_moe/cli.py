@@ -214,7 +214,9 @@ def inspect(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="experts/<name>, a unified model, or an export.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="experts/<name>, proxy-sets/<name>, a unified model, or an export.")
+    ],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub; made if it isn't there.")],
     public: Annotated[bool, typer.Option("--public", help="Let anybody see it; private if not given.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and their sizes, upload nothing.")] = False,

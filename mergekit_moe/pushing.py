@@ -28,6 +28,7 @@ _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "native model": (("config.json", "export_report.json"), _CHECKPOINT),
     "merged model": (("config.json", "merge.json"), (*_CHECKPOINT, "*_metamoe.py", "router_training.json")),
     "seed model": (("config.json", "model.safetensors", MANIFEST), _CHECKPOINT),
+    "proxy set": (("proxies.jsonl", _CARD), (MANIFEST,)),
 }
 """What may be pushed -> the files by which it is known, and the others that it may have."""
 _PRIVATE_INPUTS = {"private", "held_out", "embeddings", "gains"}
@@ -54,6 +55,22 @@ class _Upload(NamedTuple):
     digests: dict[tuple[str, int], str]
     """(name, length of the digest) -> digest, of files that were read already."""
 
+    @property
+    def repo_type(self) -> str:
+        """In the Hub's words."""
+        return "dataset" if self.kind == "proxy set" else "model"
+
+    def head(self) -> str:
+        """Return the sha of the repository's head."""
+        return commit_of(self.repository, kind=self.repo_type)
+
+    def address(self, sha: str) -> str:
+        """Return where one may look at a commit."""
+        from huggingface_hub import constants
+
+        above = "datasets/" if self.repo_type == "dataset" else ""
+        return f"{constants.ENDPOINT}/{above}{self.repository}/commit/{sha}"
+
     def is_like(self, name: str, stated: str) -> bool:
         """True if the file is the one that the Hub states the digest of."""
         key = name, len(stated)
@@ -72,7 +89,9 @@ def files_to_push(folder: Path, tell: Callable[[str], None] = lambda line: None)
         HubError: if it is no folder that metamoe makes for others, or holds anything besides.
     """
     if not folder.is_dir():
-        raise HubError(f"{folder} is not a folder; give one that metamoe made, such as experts/<name> or model")
+        raise HubError(
+            f"{folder} is not a folder; give one that metamoe made, such as experts/<name>, proxy-sets/<name> or model"
+        )
     files = {path.name: path for path in sorted(folder.iterdir())}
     kind = next((kind for kind, (marks, _) in _KINDS.items() if all(mark in files for mark in marks)), None)
     if kind is None:
@@ -115,7 +134,7 @@ def push(
         raise HubError(f"{repository} can't be written without a token; {LOG_IN}")
     upload = _Upload(repository, kind, files, message or f"Upload {kind} with metamoe {__version__}", {})
     try:
-        _require_repository(repository, public, tell)
+        _require_repository(upload, public, tell)
         return _upload(upload, tell)
     except RefusalError as refusal:
         raise HubError(f"{repository} {refusal}") from None
@@ -176,42 +195,43 @@ def _strings(value: Any) -> Iterable[str]:
             yield from _strings(item)
 
 
-def _require_repository(repository: str, public: bool, tell: Callable[[str], None]) -> None:
+def _require_repository(upload: _Upload, public: bool, tell: Callable[[str], None]) -> None:
     """Make the repository unless it is there; it must be seen by those by whom it is meant to be seen."""
     from huggingface_hub import HfApi
 
+    repository, made = upload.repository, {"repo_type": upload.repo_type, "private": not public, "exist_ok": True}
     try:
-        private = _is_private(repository)
+        private = _is_private(upload)
     except RefusalError as refusal:
         if not refusal.absent:
             raise
-        ask(lambda: HfApi().create_repo(repository, private=not public, exist_ok=True))
+        ask(lambda: HfApi().create_repo(repository, **made))  # type: ignore[arg-type]
         tell(f"made {repository}, {'public' if public else 'private'}")
-        private = _is_private(repository)
+        private = _is_private(upload)
     if private == public:
         seen = "private" if private else "public"
         remedy = "leave --public out" if private else "give --public"
         raise HubError(f"{repository} is {seen}; {remedy} if that is right, or change it in its settings on the Hub")
 
 
-def _is_private(repository: str) -> bool:
+def _is_private(upload: _Upload) -> bool:
     from huggingface_hub import HfApi
 
-    return bool(ask(lambda: HfApi().model_info(repository).private))
+    return bool(ask(lambda: HfApi().repo_info(upload.repository, repo_type=upload.repo_type).private))
 
 
 def _upload(upload: _Upload, tell: Callable[[str], None]) -> Pushed:
     """Bring the head to hold the files; a commit whose bytes were damaged on the way is mended by one more."""
-    first = head = commit_of(upload.repository)
+    first = head = upload.head()
     for _ in range(2):
         changed, stale = _differences(upload, head)
         if not changed and not stale:
-            return Pushed(_address(upload.repository, head), head, head != first)
+            return Pushed(upload.address(head), head, head != first)
         tell(f"uploading {len(changed)} of {len(upload.files)} files" + (f", deleting {len(stale)}" if stale else ""))
         head = _commit(upload, changed, stale, parent=head)
     if any(_differences(upload, head)):
         raise HubError(f"{upload.repository} holds other bytes at {head[:7]} than were sent; push again")
-    return Pushed(_address(upload.repository, head), head, True)
+    return Pushed(upload.address(head), head, True)
 
 
 def _differences(upload: _Upload, sha: str) -> tuple[list[str], list[str]]:
@@ -219,7 +239,7 @@ def _differences(upload: _Upload, sha: str) -> tuple[list[str], list[str]]:
 
     Loaders would read those: `model.safetensors` before an index of shards.
     """
-    listed = listed_files(upload.repository, sha)
+    listed = listed_files(upload.repository, sha, upload.repo_type)
     changed = [name for name in upload.files if name not in listed or not upload.is_like(name, listed[name])]
     weights = [name for name in listed if name.endswith(".safetensors") or name == INDEX]
     return changed, [name for name in weights if "/" not in name and name not in upload.files]
@@ -236,12 +256,16 @@ def _commit(upload: _Upload, changed: list[str], stale: list[str], *, parent: st
     def send() -> str:
         nonlocal tries
         tries += 1
-        if tries > 1 and (head := commit_of(upload.repository)) != parent:
+        if tries > 1 and (head := upload.head()) != parent:
             if any(_differences(upload, head)):
                 raise _changed(upload.repository)
             return head
         made = HfApi().create_commit(
-            upload.repository, [*additions, *deletions], commit_message=upload.message, parent_commit=parent
+            upload.repository,
+            [*additions, *deletions],
+            commit_message=upload.message,
+            repo_type=upload.repo_type,
+            parent_commit=parent,
         )
         return str(made.oid)
 
@@ -258,9 +282,3 @@ def _changed(repository: str) -> HubError:
         f"{repository} was changed by somebody else while this was being uploaded, and nothing of it was published; "
         "look at the repository, then push again"
     )
-
-
-def _address(repository: str, sha: str) -> str:
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT}/{repository}/commit/{sha}"

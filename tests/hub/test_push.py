@@ -104,6 +104,19 @@ def test_files_of_others_stay(hub: Hub, expert: Path) -> None:
     assert len(repository.commits) == 3
 
 
+def test_a_proxy_set_becomes_a_data_set(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "proxy-sets" / "law"
+    folder.mkdir(parents=True)
+    (folder / "proxies.jsonl").write_text('{"id": "1", "prompt": "", "completion": "public"}\n')
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    for new in ("", " (up to date: no new commit)"):
+        done = metamoe(hub, tmp_path / "home", "push", folder, "org/law-proxies")
+        head = hub.repositories["dataset", "org/law-proxies"].head
+        assert f"{hub.address}/datasets/org/law-proxies/commit/{head.sha}{new}\n" in done.stdout, done.stderr
+        assert head.files["proxies.jsonl"] == (folder / "proxies.jsonl").read_bytes()
+    assert ("model", "org/law-proxies") not in hub.repositories
+
+
 def test_public_is_said_and_never_assumed(hub: Hub, expert: Path) -> None:
     assert "made org/law, public" in push(hub, expert, "--public").stdout
     assert not hub.model("org/law").private

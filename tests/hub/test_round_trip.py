@@ -53,6 +53,7 @@ def publish(hub: Hub, folder: Path) -> Path:
         succeed(hub, home, command, recipe, "--workspace", workspace)
     for name in NAMES:
         succeed(hub, home, "push", workspace / "experts" / name, f"org/{name}")
+        succeed(hub, home, "push", workspace / "proxy-sets" / name, f"org/{name}-proxies")
     return workspace
 
 
@@ -166,8 +167,9 @@ def test_peft_loads_an_expert_from_the_hub(world: World, tmp_path: Path) -> None
 def test_everything_pushed_is_private_and_carries_no_token_no_private_row_and_no_path(world: World) -> None:
     secrets = [TOKEN.encode(), str(world.clients.parent).encode(), str(world.unifier).encode()]
     secrets += [row["text"].encode() for name in NAMES for row in sentences(name, 60, 1)]
-    for name in (*NAMES, "seed", "unified"):
-        repository = world.hub.model(f"org/{name}")
+    pushed = [world.hub.model(f"org/{name}") for name in (*NAMES, "seed", "unified")]
+    pushed += [world.hub.repositories["dataset", f"org/{name}-proxies"] for name in NAMES]
+    for repository in pushed:
         assert repository.private
         assert len(repository.commits) == 2, "the Hub's own first one, and ours"
         for path, content in repository.head.files.items():

@@ -109,7 +109,7 @@ def _create(hub: Hub, request: Request) -> Answer:
     _require_write(hub, request, name)
     kind = wanted.get("type") or "model"
     private = wanted.get("visibility") == "private" or wanted.get("private") is True
-    url = {"url": f"{hub.address}/{name}", "name": name}
+    url = {"url": f"{hub.address}/{'datasets/' if kind == 'dataset' else ''}{name}", "name": name}
     if (kind, name) in hub.repositories:
         return Answer(409, json.dumps({"error": "You already created this model repo", **url}).encode())
     hub.repositories[kind, name] = Repository(name, kind, private)
