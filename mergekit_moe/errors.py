@@ -31,3 +31,7 @@ class ExportError(MetaMoeError):
 
 class HubError(MetaMoeError):
     """The Hub doesn't take or find what it was asked to, or a folder is none that may be pushed there."""
+
+
+class PrivacyError(MetaMoeError):
+    """A guarantee can't be given as asked."""

@@ -1,11 +1,13 @@
 """The recipe: what to unify, from what, and how. One YAML file, checked whole before any work starts."""
 
-import difflib
 import re
 import string
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from mergekit_moe.privacy_recipe import Privacy, forbid_unaccounted
+from mergekit_moe.spec import Spec
 
 RESERVED_NAMES = ("seed", "soup", "unified")
 """Methods that the results are reported for beside the experts."""
@@ -17,23 +19,6 @@ NO_PROXIES = ("uniform", "random", "arrow")
 
 InstalledText = Literal["library-source", "manual", "unicode-names", "licences"]
 ExportFormat = Literal["mixtral", "qwen3_moe", "qwen2_moe", "flex_olmo"]
-
-
-class Spec(BaseModel):
-    """A part of the recipe: frozen, and strict about its keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_unknown_keys(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            for key in values:
-                if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
-                    hint = f"did you mean '{near[0]}'?" if near else f"allowed are {', '.join(cls.model_fields)}"
-                    raise ValueError(f"unknown key '{key}'; {hint}")
-        return values
 
 
 class DataSource(Spec):
@@ -141,6 +126,8 @@ class Client(Spec):
     """Sentences that describe the domain, for `selection.relevance: prompts`."""
     tag: str | None = None
     """The pool's `tag` that fits this client, where it is known: only ever used to judge the selector."""
+    privacy: Privacy | None = None
+    """What this client's artifacts may tell; the recipe's where not given."""
 
 
 class ExpertSource(Spec):
@@ -351,6 +338,8 @@ class Recipe(Spec):
     """Seeds everything random."""
     selection: Selection = Selection()
     alignment: Alignment = Alignment()
+    privacy: Privacy = Privacy()
+    """What each client's artifacts may tell, where the client says nothing else."""
     merge: Merge = Merge()
     router: Router = Router()
     evaluation: Evaluation = Evaluation()
@@ -377,6 +366,9 @@ class Recipe(Spec):
                     f"expert '{expert.name}': selection.relevance is prompts, but the client has none; "
                     "give client.prompts, a few sentences such as a user would write"
                 )
+        for expert in self.experts:
+            if expert.client is not None:
+                forbid_unaccounted(expert.name, self.privacy_of(expert), self)
         self._check_merge(names)
         if self.public_pool is None:
             self._check_without_pool()
@@ -419,6 +411,10 @@ class Recipe(Spec):
             raise ValueError("router.training is on proxies from public_pool; give one, or drop it")
         if self.export:
             raise ValueError("'export' fits gates on proxies from public_pool; give one, or use `metamoe export` after")
+
+    def privacy_of(self, expert: ExpertSource) -> Privacy:
+        """Return what a client's artifacts may tell: its own setting, or the recipe's."""
+        return (expert.client and expert.client.privacy) or self.privacy
 
     @property
     def pool_sources(self) -> list[DataSource]:

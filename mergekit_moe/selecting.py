@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_moe import data
 from mergekit_moe.experts import PROXIES, Expert
 from mergekit_moe.job import POOL, Job
+from mergekit_moe.privacy.accounting import MECHANISM
 from mergekit_moe.recipe import ExpertSource
 from mergekit_moe.workspace import wait_for_everyone, write_json
 
@@ -51,6 +52,7 @@ def select_for_client(job: Job, client: ExpertSource, out: Path) -> None:
         prompts_PD=client_texts["prompts"],
         copies_N=client_texts["copies"],
         repeated_N=repeated_rows(embeddings),
+        privacy=job.recipe.privacy_of(client),
         processes=processes,
     )
     if processes.rank == 0:
@@ -65,7 +67,9 @@ def _embed_client(job: Job, client: ExpertSource) -> dict[str, Any]:
 
     settings, seed, embedder = job.recipe.selection, job.recipe.seed, job.loaded_embedder
     private = data.texts_of(job.private_rows(client))
-    sample = sample_texts(private, settings.private_samples, seed)
+    # A sample by a known seed would tell apart who is in it: noised relevance goes by all texts.
+    whole = job.recipe.privacy_of(client).relevance is not None
+    sample = private if whole else sample_texts(private, settings.private_samples, seed)
     if longer := too_long(embedder, sample):
         job.workspace.report(
             f"note: expert '{client.name}': {longer:,} of {len(sample):,} private texts are longer than the "
@@ -116,6 +120,8 @@ def _write_selection(job: Job, client: ExpertSource, chosen: "ProxySelection", h
         )
     _write_proxies(job, rows, out)
     write_json(out / SELECTION, report)
+    if chosen.spent is not None:
+        write_json(out / MECHANISM, chosen.spent._asdict())
 
 
 def _write_proxies(job: Job, rows: list[int], out: Path) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mergekit_moe"
-GROUND = {"errors", "recipe", "recipe_file", "workspace"}
+GROUND = {"errors", "privacy_recipe", "recipe", "recipe_file", "spec", "workspace"}
 MATERIAL = {
     *("adapters", "architectures", "checkpoint", "data", "experts", "hub", "installed_text", "models"),
-    *("training", "updates", "weights"),
+    *("privacy", "training", "updates", "weights"),
 }
 STAGES = {"alignment", "cards", "evaluation", "export", "merging", "publication", "routing", "seed", "selection"}
 TOP = {
-    *("carding", "exporting", "finding", "job", "members", "plan", "pipeline", "pushing", "selecting"),
+    *("auditing", "carding", "exporting", "finding", "job", "members", "plan", "pipeline", "pushing", "selecting", "protecting"),
     *("cli", "__main__"),
 }
 MODELING = {"modeling"}

@@ -8,12 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergekit_moe.errors import SelectionError
+from mergekit_moe.privacy.accounting import Mechanism
+from mergekit_moe.privacy_recipe import Privacy
 from mergekit_moe.recipe import Selection
 from mergekit_moe.selection import strategies
 from mergekit_moe.selection.dpp import Picks, certificate_size, greedy_map, select_dpp
 from mergekit_moe.selection.processes import ALONE, Processes
 from mergekit_moe.selection.quality import coverage, squared_mmd
-from mergekit_moe.selection.relevance import RELEVANCE, Relevance
+from mergekit_moe.selection.relevance import RELEVANCE, Relevance, private_classifier_relevance
 
 _MIN_SEPARATION = 0.6
 _FEW_PRIVATE = 200
@@ -34,6 +36,8 @@ class ProxySelection(NamedTuple):
     """What the client should see: separation, near-duplicates dropped, warnings."""
     gains: NDArray[np.float64] | None = None
     """(K,) log gains of the picks, where the DPP made them."""
+    spent: Mechanism | None = None
+    """What the choice cost in differential privacy, where its relevance was noised."""
 
 
 def _dpp(pool_ND: NDArray[Any], relevance_N: NDArray[Any], settings: Selection, seed: int) -> NDArray[np.int64]:
@@ -63,6 +67,7 @@ def select_proxies(
     prompts_PD: NDArray[np.float32] | None = None,
     copies_N: NDArray[np.bool_] | None = None,
     repeated_N: NDArray[np.bool_] | None = None,
+    privacy: Privacy | None = None,
     processes: Processes = ALONE,
 ) -> ProxySelection:
     """Return the proxies of one client.
@@ -76,10 +81,13 @@ def select_proxies(
         copies_N: True for pool rows that are word for word a private text, sampled or not; dropped with the
             near-duplicates, where these are.
         repeated_N: True for pool rows whose text stands in an earlier row; never picked, for they would add nothing.
+        privacy: with a `relevance`, the choice is differentially private in the client's texts, all of which
+            `private_MD` must then hold.
         processes: they share the scoring and the DPP; all return the same.
 
     Raises:
         SelectionError: if fewer rows can be picked than the budget asks for.
+        PrivacyError: if there are too few texts for the epsilon.
     """
     seed = int.from_bytes(hashlib.sha256(f"{name}-{seed}".encode()).digest()[:4])
     too_close_N = np.zeros(len(pool_ND), dtype=bool)
@@ -100,6 +108,9 @@ def select_proxies(
         )
 
     def score(texts_MD: NDArray[np.float32]) -> Relevance:
+        if privacy is not None and privacy.relevance is not None:
+            asked = {"epsilon": privacy.relevance.epsilon, "delta": privacy.delta, "name": name}
+            return private_classifier_relevance(pool_ND, texts_MD, **asked, seed=seed, processes=processes)
         given = prompts_PD if settings.relevance == "prompts" else texts_MD
         return RELEVANCE[settings.relevance](pool_ND, given, seed=seed, processes=processes)
 
@@ -127,7 +138,7 @@ def select_proxies(
     }
     if sweep:
         report |= {"method": settings.method, "alpha": settings.alpha, "tried": sweep}
-    if settings.relevance != "prompts" and len(private_MD) < _FEW_PRIVATE:
+    if settings.relevance != "prompts" and relevance.spent is None and len(private_MD) < _FEW_PRIVATE:
         report["warnings"].append(
             f"only {len(private_MD)} private texts were embedded: the choice of proxies may tell more of single ones "
             f"than it would with {_FEW_PRIVATE} or more"
@@ -139,7 +150,7 @@ def select_proxies(
         )
     if gains is not None:
         report["certificate"] = _certificate(relevance.scores, rows, gains, settings)
-    return ProxySelection(rows, relevance.scores, report, gains)
+    return ProxySelection(rows, relevance.scores, report, gains, relevance.spent)
 
 
 def pick_by_relevance(

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergekit_moe.errors import SelectionError
+from mergekit_moe.privacy.accounting import Mechanism
 from mergekit_moe.selection.processes import ALONE, Processes
 
 _MAX_NEGATIVES = 20_000
@@ -27,6 +28,8 @@ class Relevance(NamedTuple):
     """(N,) in (0, 1]: estimated P(row is the client's | row), at equal priors."""
     separation: float
     """Area under the ROC curve, client's texts against pool, out of fold: 0.5 is 'can't tell them apart'."""
+    spent: Mechanism | None = None
+    """What the scores cost in differential privacy, where they were noised."""
 
 
 def classifier_relevance(
@@ -96,6 +99,45 @@ def _classifier(private_texts: int) -> Any:
     if private_texts < _FEW:
         return LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=[0.5, 0.5])
     return LogisticRegression(C=1.0, class_weight="balanced", max_iter=1000)
+
+
+def private_classifier_relevance(
+    pool_ND: NDArray[np.floating],
+    private_MD: NDArray[np.float32],
+    *,
+    epsilon: float,
+    delta: float,
+    name: str,
+    seed: int,
+    processes: Processes = ALONE,
+) -> Relevance:
+    """Score the pool by a classifier that is (epsilon, delta)-differentially private in the client's texts.
+
+    One classifier serves all rows, for each further one would cost as much again; with few steps and public rows by
+    the thousand it remembers no row. `separation` is not private: it stays with the client.
+
+    Args:
+        private_MD: unit embeddings of all of the client's texts.
+        name: the expert's name, for errors.
+
+    Raises:
+        PrivacyError: if there are too few texts for the epsilon.
+    """
+    from mergekit_moe.privacy.classifier import private_classifier, probabilities
+
+    sample = np.sort(np.random.default_rng(seed).permutation(len(pool_ND))[:_MAX_NEGATIVES])
+    public = np.asarray(pool_ND[sample], dtype=np.float64)
+    # Each process would draw noise of its own, and several classifiers tell more than one.
+    fitted = None
+    if processes.rank == 0:
+        fitted = private_classifier(private_MD, public, epsilon=epsilon, delta=delta, name=name)
+    weights, spent = processes.from_first(fitted)
+    own_ND, centre, scores = pool_ND[processes.share(len(pool_ND))], public.mean(axis=0), [np.zeros(0)]
+    for first in range(0, len(own_ND), _BLOCK):
+        scores.append(probabilities(own_ND[first : first + _BLOCK], centre, weights))
+    scores_N = processes.join(np.concatenate(scores))
+    separation = _separation(probabilities(private_MD, centre, weights), scores_N[sample])
+    return Relevance(np.clip(scores_N, _SMALLEST, 1.0), separation, spent)
 
 
 def centroid_relevance(

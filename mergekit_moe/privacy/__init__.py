@@ -1,0 +1,1 @@
+"""Differential privacy: mechanisms, their accounting, the ledger of what a client publishes, and attacks on it."""
