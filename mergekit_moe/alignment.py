@@ -7,22 +7,40 @@ from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG
 from mergekit_moe.architectures import architecture_of
 from mergekit_moe.checkpoint import read_config
 from mergekit_moe.data import leading_tokens, tokenize
-from mergekit_moe.errors import DataError
+from mergekit_moe.errors import DataError, PrivacyError
+from mergekit_moe.privacy.accounting import MECHANISM, Mechanism
+from mergekit_moe.privacy_recipe import Privacy
 from mergekit_moe.recipe import Alignment
 from mergekit_moe.training import train
-from mergekit_moe.workspace import is_main_process, write_json
+from mergekit_moe.workspace import is_main_process, process_state, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def align_expert(base: Path, rows: "Dataset", settings: Alignment, *, name: str, seed: int, out: Path) -> None:
-    """Write a PEFT adapter to the folder `out`, with the training log.
+def align_expert(
+    base: Path,
+    rows: "Dataset",
+    settings: Alignment,
+    *,
+    name: str,
+    seed: int,
+    out: Path,
+    privacy: Privacy | None = None,
+    private_rows: int = 0,
+) -> None:
+    """Write a PEFT adapter to the folder `out`, with the training log and what was spent of privacy, if anything.
 
     Args:
         base: the seed model's folder.
         rows: the client's private rows followed by its proxies, from `data.load_rows`.
         name: the expert's name, for errors.
+        privacy: with an `expert`, training is differentially private in each row.
+        private_rows: how many of the rows are private; read for `privacy` alone.
+
+    Raises:
+        DataError: if no row has anything to learn.
+        PrivacyError: if the guarantee can't be given.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
@@ -47,8 +65,15 @@ def align_expert(base: Path, rows: "Dataset", settings: Alignment, *, name: str,
             target_modules=list(architecture.projections),
         ),
     )
+    counts = {"rows": len(rows), "private_rows": private_rows}
+    plan = _plan(model, settings, privacy, counts, name) if privacy is not None and privacy.expert is not None else None
     with adapter_silent_on(model, domain_free_tokens(tokenizer, settings)):
-        log = train(model, tokens, settings, seed=seed, folder=out)
+        if plan is None:
+            log = train(model, tokens, settings, seed=seed, folder=out)
+        else:
+            from mergekit_moe.privacy.training import train_privately
+
+            log = train_privately(model, tokens, settings, plan, name=name)
     if is_main_process():
         model.save_pretrained(out)
         for extra in set(out.iterdir()) - {out / ADAPTER, out / ADAPTER_CONFIG}:
@@ -58,6 +83,22 @@ def align_expert(base: Path, rows: "Dataset", settings: Alignment, *, name: str,
         plain = {"target_modules": sorted(config["target_modules"]), "base_model_name_or_path": None}
         write_json(out / ADAPTER_CONFIG, {**config, **plain})
         write_json(out / "training_log.json", log)
+        if plan is not None:
+            write_json(out / MECHANISM, plan._asdict())
+
+
+def _plan(model: Any, settings: Alignment, privacy: Privacy, counts: dict[str, int], name: str) -> Mechanism:
+    from mergekit_moe.privacy.training import plan_training
+
+    assert privacy.expert is not None
+    processes = process_state().num_processes
+    if processes > 1:
+        raise PrivacyError(
+            f"expert '{name}', privacy.expert: DP-SGD samples rows in one process, and there are {processes}; run "
+            "`metamoe align` without accelerate launch"
+        )
+    epsilon, clip = privacy.expert.epsilon, privacy.expert.clip
+    return plan_training(model, settings, **counts, epsilon=epsilon, delta=privacy.delta, clip=clip, name=name)
 
 
 def domain_free_tokens(tokenizer: Any, settings: Alignment) -> list[int]:

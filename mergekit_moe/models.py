@@ -87,6 +87,19 @@ def recorded_routers(model: nn.Module) -> Iterator[list[RouterCall]]:
 
 
 @contextmanager
+def recorded_ffn_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield a list that a forward pass inside the block fills with each FFN's input (B, T, H), layer by layer."""
+    inputs: list[Tensor] = []
+    feed_forwards = [module for name, module in model.named_modules() if name.endswith(".mlp")]
+    handles = [m.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for m in feed_forwards]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def adapter_silent_on(model: nn.Module, token_ids: list[int]) -> Iterator[None]:
     """Inside the block, a PEFT model's LoRA deltas are zero on these tokens.
 
@@ -113,3 +126,20 @@ def adapter_silent_on(model: nn.Module, token_ids: list[int]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def read_statistics(file: Path) -> dict[str, Tensor]:
+    """Return an expert's routing statistics: `count` (), `sum` (L, H), and `noise` (L,), the variance that is noise.
+
+    The noise is that of each number of sum / count, and 0 where the statistics were not noised.
+    """
+    from safetensors.torch import load_file
+
+    published = load_file(file)
+    layers = range(sum(key.endswith(".sum") for key in published))
+    none = torch.tensor(0.0, dtype=torch.float64)
+    return {
+        "count": published["layers.0.count"],
+        "sum": torch.stack([published[f"layers.{layer}.sum"] for layer in layers]),
+        "noise": torch.stack([published.get(f"layers.{layer}.noise_variance", none) for layer in layers]),
+    }

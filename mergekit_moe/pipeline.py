@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_moe import carding, cards, data, selecting
+from mergekit_moe import carding, cards, data, protecting, selecting
 from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG
 from mergekit_moe.checkpoint import license_of
 from mergekit_moe.errors import DataError, ExpertError, RecipeError, WorkspaceError
@@ -107,6 +107,7 @@ def steps(job: Job) -> Iterator[Step]:
             "prompts": client.client.prompts if client.client else [],
             "held_out": job.held_out_fingerprint(client),
             "tags": [client.client.tag if client.client else None, *(source.tag for source in recipe.pool_sources)],
+            "privacy": protecting.asked(job, client, "relevance"),
         }
         make = functools.partial(selecting.select_for_client, job, client)
         yield Step("select", f"proxies/{client.name}", inputs | seed, make, distributed=True)
@@ -135,17 +136,24 @@ def steps(job: Job) -> Iterator[Step]:
             "alignment": recipe.alignment.model_dump(mode="json"),
             "private": job.private_fingerprint(client),
             "proxies": job.workspace.digest_of(f"proxies/{client.name}", "select", (PROXIES,)),
+            "privacy": protecting.asked(job, client, "expert"),
         }
         make = functools.partial(_align, job, client)
         yield Step("align", f"aligned/{client.name}", inputs | base | seed, make, distributed=True)
     for client in job.clients:
+        noised = protecting.asked(job, client, "statistics")
+        read = {"max_length": recipe.router.max_length, "domain_free_bos": recipe.alignment.domain_free_bos}
+        if noised is not None:
+            inputs = {"privacy": noised, "private": job.private_fingerprint(client), "base": job.base_identity} | read
+            make = functools.partial(protecting.noised_statistics_of, job, client)
+            yield Step("publish", f"statistics/{client.name}", inputs | pool | seed, make)
         inputs = {
             "adapter": job.workspace.digest_of(f"aligned/{client.name}", "align", (ADAPTER, ADAPTER_CONFIG)),
             "proxies": job.workspace.digest_of(f"proxies/{client.name}", "select", (PROXIES,)),
             "about": [job.base.public_name, job.base.revision, client.license or job.base_license],
-            "domain_free_bos": recipe.alignment.domain_free_bos,
-            "max_length": recipe.router.max_length,
-        }
+            "privacy": {part: mechanism._asdict() for part, mechanism in protecting.spent_by(job, client).items()},
+            "statistics": job.workspace.digest_of(f"statistics/{client.name}", "publish") if noised else None,
+        } | read
         base = {"base": job.base_identity}
         yield Step("publish", f"experts/{client.name}", inputs | base | pool, functools.partial(_publish, job, client))
         inputs = {
@@ -205,11 +213,20 @@ def _align(job: Job, client: ExpertSource, out: Path) -> None:
 
     from mergekit_moe.alignment import align_expert
 
-    rows = job.private_rows(client)
+    private = rows = job.private_rows(client)
     if job.recipe.alignment.proxies:
         proxies = read_proxies(job.workspace.folder(f"proxies/{client.name}"), client.name)
         rows = concatenate_datasets([rows, job.pool.select(proxies["rows"])])
-    align_expert(job.base.folder, rows, job.recipe.alignment, name=client.name, seed=job.recipe.seed, out=out)
+    align_expert(
+        job.base.folder,
+        rows,
+        job.recipe.alignment,
+        name=client.name,
+        seed=job.recipe.seed,
+        out=out,
+        privacy=job.recipe.privacy_of(client),
+        private_rows=len(private),
+    )
 
 
 def _publish(job: Job, client: ExpertSource, out: Path) -> None:
@@ -233,8 +250,10 @@ def _publish(job: Job, client: ExpertSource, out: Path) -> None:
         about=about,
         proxies=proxies,
         proxy_tokens=data.tokenize(job.pool.select(proxies["rows"]), tokenizer, job.recipe.router.max_length),
+        statistics=protecting.statistics_file(job, client),
         out=out,
     )
+    protecting.ledger_of(job, client, out)
     carding.write_expert_card(job, client, about, len(proxies["rows"]), out)
 
 
@@ -259,17 +278,15 @@ def _merge(job: Job, out: Path) -> dict[str, str]:
 
 def _route(job: Job, out: Path) -> None:
     import torch
-    from safetensors.torch import load_file
 
+    from mergekit_moe.models import read_statistics
     from mergekit_moe.routing.training import fit_routers
 
-    counts, sums = [], []
+    parts = []
     for expert in job.experts() if job.recipe.router.start == "centroid" else ():
-        published = load_file(expert.folder / STATISTICS)
-        layers = sum(key.endswith(".sum") for key in published)
-        counts.append(published["layers.0.count"])
-        sums.append(torch.stack([published[f"layers.{layer}.sum"] for layer in range(layers)]))
-    published = {"count": torch.stack(counts), "sum": torch.stack(sums, dim=1)} if counts else {}
+        parts.append(read_statistics(expert.folder / STATISTICS))
+    published = {"count": torch.stack([p["count"] for p in parts])} if parts else {}
+    published |= {key: torch.stack([p[key] for p in parts], dim=1) for key in ("sum", "noise") if parts}
     fit_routers(
         job.workspace.folder("merged"),
         _proxy_tokens(job),
@@ -324,7 +341,7 @@ def _evaluate(job: Job, out: Path) -> None:
         job.workspace.folder(job.model),
         domains,
         job.recipe.evaluation,
-        proxy_shares=_proxy_shares(job),
+        proxy_shares=selecting.proxy_shares(job),
         out=out,
     )
 

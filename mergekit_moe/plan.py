@@ -60,7 +60,7 @@ def _plan_workspace(job: Job) -> list[tuple[str, str]]:
     for target in job.recipe.export:
         job.workspace.require_free(f"export/{target}")
     for client in job.clients:
-        for stage in ("proxies", "aligned", "experts"):
+        for stage in ("proxies", "aligned", "statistics", "experts"):
             job.workspace.require_free(f"{stage}/{client.name}")
     for expert in job.foreign:
         for stage in ("gains", "proxies"):

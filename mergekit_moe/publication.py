@@ -18,15 +18,23 @@ _BATCH = 16
 
 
 def publish_expert(
-    aligned: Path, base: Path, *, about: dict[str, Any], proxies: dict[str, Any], proxy_tokens: "Dataset", out: Path
+    aligned: Path,
+    base: Path,
+    *,
+    about: dict[str, Any],
+    proxies: dict[str, Any],
+    proxy_tokens: "Dataset",
+    statistics: Path | None = None,
+    out: Path,
 ) -> None:
-    """Assemble the folder that a client may publish. Nothing in it comes from a private row but the adapter.
+    """Assemble the folder that a client may publish; what each file can tell is the ledger's to say.
 
     Args:
         aligned: the folder that `align_expert` wrote.
         about: expert.json: name, base model and its fingerprint, licence, domain-free tokens.
         proxies: proxies.json: the pool's fingerprint and the picked rows.
         proxy_tokens: those rows, tokenised.
+        statistics: routing statistics to publish in place of those over the proxies.
     """
     shutil.copyfile(aligned / ADAPTER, out / ADAPTER)
     config = json.loads((aligned / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -37,7 +45,10 @@ def publish_expert(
     )
     write_json(out / ABOUT, about)
     write_json(out / PROXIES, proxies)
-    write_statistics(out, base, proxy_tokens, about["domain_free_token_ids"])
+    if statistics is not None:
+        shutil.copyfile(statistics, out / STATISTICS)
+    else:
+        write_statistics(out, base, proxy_tokens, about["domain_free_token_ids"])
 
 
 def write_statistics(expert: Path, base: Path, proxy_tokens: "Dataset", silent_tokens: list[int]) -> None:
@@ -51,17 +62,14 @@ def write_statistics(expert: Path, base: Path, proxy_tokens: "Dataset", silent_t
     from peft import PeftModel
     from safetensors.torch import save_file
 
-    from mergekit_moe.models import adapter_silent_on, load_model
+    from mergekit_moe.models import adapter_silent_on, load_model, recorded_ffn_inputs
 
     model = PeftModel.from_pretrained(load_model(base), str(expert)).eval()
-    feed_forwards = [m for name, m in model.named_modules() if name.endswith(".mlp")]
-    inputs: list[Tensor] = []
-    handles = [m.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for m in feed_forwards]
     sums: dict[str, Tensor] = {}
     with torch.no_grad(), adapter_silent_on(model, silent_tokens):
         for batch in batches(proxy_tokens, _BATCH, model.device):
-            inputs.clear()
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            with recorded_ffn_inputs(model) as inputs:
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             counted = batch["attention_mask"].bool()
             counted &= ~torch.isin(batch["input_ids"], torch.tensor(silent_tokens, device=model.device))
             for layer, hidden in enumerate(inputs):
@@ -73,6 +81,4 @@ def write_statistics(expert: Path, base: Path, proxy_tokens: "Dataset", silent_t
                 ):
                     key = f"layers.{layer}.{name}"
                     sums[key] = sums[key] + value if key in sums else value
-    for handle in handles:
-        handle.remove()
     save_file(sums, str(expert / STATISTICS))

@@ -8,7 +8,7 @@ from mergekit_moe.experts import PROXIES, Expert
 from mergekit_moe.job import POOL, Job
 from mergekit_moe.privacy.accounting import MECHANISM
 from mergekit_moe.recipe import ExpertSource
-from mergekit_moe.workspace import wait_for_everyone, write_json
+from mergekit_moe.workspace import read_json, wait_for_everyone, write_json
 
 if TYPE_CHECKING:
     from mergekit_moe.selection.proxies import ProxySelection
@@ -135,6 +135,12 @@ def _write_proxies(job: Job, rows: list[int], out: Path) -> None:
         "ids": job.pool.select(rows)["id"][:],
     }
     write_json(out / PROXIES, proxies)
+
+
+def proxy_shares(job: Job) -> dict[str, dict[str, float]]:
+    """Return, for each client whose tag is known, the share of its proxies that carry it, by method."""
+    reports = {c.name: read_json(job.workspace.folder(f"proxies/{c.name}") / SELECTION) for c in job.clients}
+    return {name: report["tag_shares"] for name, report in reports.items() if "tag_shares" in report}
 
 
 def measure_gains(job: Job, expert: Expert, out: Path) -> None:

@@ -1,7 +1,7 @@
 """How much noise a guarantee takes, and what several mechanisms on the same rows add up to.
 
-Neighbours are data sets of which one lacks one row of the other, while all else stays in its place and the number of rows
-counts as known ("replace special" in dp-accounting: the row becomes one that adds nothing).
+Neighbours are data sets of which one lacks one row of the other, while all else stays in its place and the number of
+rows counts as known ("replace special" in dp-accounting: the row becomes one that adds nothing).
 """
 
 import math

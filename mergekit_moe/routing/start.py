@@ -27,14 +27,21 @@ def lda(statistics: RoutingStatistics, shrinkage: float) -> tuple[Tensor, Tensor
     return _with_bias(weights, means, centre)
 
 
-def centroid(counts_K: Tensor, sums_LKH: Tensor) -> tuple[Tensor, Tensor]:
+def centroid(counts_K: Tensor, sums_LKH: Tensor, noise_LK: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The nearest centred mean, from the vectors that clients publish (MetaMoE, section 3.3, made fair).
 
     Row p is mu_p - mu, so that the logit falls with the squared distance to mu_p whatever its norm is.
+
+    Args:
+        noise_LK: variance of each number of a mean that is noise for privacy. It makes mu_p longer than it is, by
+            H times as much in the square, and a client that noises more would be sent less.
     """
     means = sums_LKH / counts_K[None, :, None]
     centre = means.mean(dim=1, keepdim=True)
-    return _with_bias(means - centre, means, centre)
+    weights, biases = _with_bias(means - centre, means, centre)
+    if noise_LK is not None:
+        biases = biases + (0.5 * means.shape[-1] * noise_LK).float()
+    return weights, biases
 
 
 def _with_bias(weights: Tensor, means: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,8 +71,8 @@ def fit_routers(
     Args:
         merged: the folder that `merge_experts` wrote.
         proxies: tokenised union of the proxies, with a column `expert`.
-        published: the clients' own statistics, `count` (K,) and `sum` (L, K, H), for the centroid start; they
-            are over all proxies, those that judge included.
+        published: the clients' own statistics, `count` (K,), `sum` (L, K, H) and `noise` (L, K), for the centroid
+            start; they are over all proxies, those that judge included.
     """
     model = load_model(merged)
     learnt, held_out = hold_out(proxies)
@@ -145,7 +145,7 @@ def _start(model: "PreTrainedModel", proxies: "Dataset", settings: Router, publi
     if settings.start in NO_PROXIES:
         return
     if settings.start == "centroid":
-        weights, biases = start.centroid(published["count"], published["sum"])
+        weights, biases = start.centroid(published["count"], published["sum"], published["noise"])
     else:
         context_weight = settings.context_weight if settings.context != "none" else 0.0
         statistics = gather_statistics(model, proxies, context_weight=context_weight, batch_size=_BATCH)

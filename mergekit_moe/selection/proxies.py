@@ -109,8 +109,15 @@ def select_proxies(
 
     def score(texts_MD: NDArray[np.float32]) -> Relevance:
         if privacy is not None and privacy.relevance is not None:
-            asked = {"epsilon": privacy.relevance.epsilon, "delta": privacy.delta, "name": name}
-            return private_classifier_relevance(pool_ND, texts_MD, **asked, seed=seed, processes=processes)
+            return private_classifier_relevance(
+                pool_ND,
+                texts_MD,
+                epsilon=privacy.relevance.epsilon,
+                delta=privacy.delta,
+                name=name,
+                seed=seed,
+                processes=processes,
+            )
         given = prompts_PD if settings.relevance == "prompts" else texts_MD
         return RELEVANCE[settings.relevance](pool_ND, given, seed=seed, processes=processes)
 
