@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -85,6 +85,42 @@ def align(recipe: RecipePath, workspace: WorkspacePath = None, data_dir: DataPat
 def publish(recipe: RecipePath, workspace: WorkspacePath = None, data_dir: DataPath = None) -> None:
     """Assemble the folder that each client may publish; nothing leaves this machine."""
     _run(recipe, workspace, data_dir, "publish")
+
+
+@app.command()
+def audit(recipe: RecipePath, workspace: WorkspacePath = None, data_dir: DataPath = None) -> None:
+    """Try to tell, from what each client would publish, which texts it learnt from; prints that beside its ledger."""
+    from transformers.utils import logging
+
+    from mergekit_moe.auditing import audit
+
+    logging.disable_progress_bar()
+    job = _job(recipe, workspace, data_dir)
+    for name, found in audit(job).items():
+        _print_audit(name, found)
+    console.print(f"audit: {job.workspace.folder('audit')}", highlight=False, soft_wrap=True)
+
+
+def _print_audit(name: str, found: dict[str, Any]) -> None:
+    from mergekit_moe.privacy.ledger import guarantee_in_words
+
+    ledger = Table(title=f"{name}: what it publishes", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for title in ("file", "can reveal", "guarantee"):
+        ledger.add_column(title)
+    for entry in found["ledger"]["artifacts"]:
+        ledger.add_row(entry["file"], entry["can_reveal"], guarantee_in_words(entry))
+    ledger.add_row("all together", "", guarantee_in_words(found["ledger"]["total"]))
+    console.print(ledger)
+    tests = Table(title=f"{name}: membership tests", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for title in ("texts", "test", "AUC", "TPR at 1% FPR", "members", "others"):
+        tests.add_column(title, justify="left" if title in ("texts", "test") else "right")
+    for test in found["tests"]:
+        rates = (f"{test['auc']:.3f}", f"{test['tpr_at_1pct_fpr']:.3f}", str(test["members"]), str(test["others"]))
+        tests.add_row(test["texts"], test["test"], *rates)
+    console.print(tests)
+    allowed = found["tpr_that_the_total_allows"]
+    if allowed is not None:
+        console.print(f"TPR at 1% FPR that the ledger's total allows at most: {allowed:.3f}", highlight=False)
 
 
 @app.command()

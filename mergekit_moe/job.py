@@ -139,6 +139,10 @@ class Job:
         private = data.load_rows([client.private], self.data_dir, f"{what}, private", tell=tell)
         return (private, held_out) if held_out is not None else data.split_held_out(private)
 
+    def use_rows(self, expert: ExpertSource, private: "Dataset", held_out: "Dataset | None") -> None:
+        """Take these for an expert's rows, whatever the recipe says: an audit plants texts among them."""
+        self._rows[expert.name] = private, held_out
+
     def private_rows(self, expert: ExpertSource) -> "Dataset":
         rows = self.rows(expert)[0]
         assert rows is not None

@@ -138,24 +138,25 @@ def steps(job: Job) -> Iterator[Step]:
             "proxies": job.workspace.digest_of(f"proxies/{client.name}", "select", (PROXIES,)),
             "privacy": protecting.asked(job, client, "expert"),
         }
-        make = functools.partial(_align, job, client)
+        make = functools.partial(align_client, job, client)
         yield Step("align", f"aligned/{client.name}", inputs | base | seed, make, distributed=True)
     for client in job.clients:
-        noised = protecting.asked(job, client, "statistics")
+        make = functools.partial(protecting.noised_statistics_of, job, client)
+        base = {"base": job.base_identity}
         read = {"max_length": recipe.router.max_length, "domain_free_bos": recipe.alignment.domain_free_bos}
-        if noised is not None:
-            inputs = {"privacy": noised, "private": job.private_fingerprint(client), "base": job.base_identity} | read
-            make = functools.partial(protecting.noised_statistics_of, job, client)
-            yield Step("publish", f"statistics/{client.name}", inputs | pool | seed, make)
+        if noised := protecting.asked(job, client, "statistics"):
+            inputs = {"privacy": noised, "private": job.private_fingerprint(client)} | pool | seed
+            yield Step("publish", f"statistics/{client.name}", inputs | base | read, make)
         inputs = {
             "adapter": job.workspace.digest_of(f"aligned/{client.name}", "align", (ADAPTER, ADAPTER_CONFIG)),
             "proxies": job.workspace.digest_of(f"proxies/{client.name}", "select", (PROXIES,)),
             "about": [job.base.public_name, job.base.revision, client.license or job.base_license],
             "privacy": {part: mechanism._asdict() for part, mechanism in protecting.spent_by(job, client).items()},
             "statistics": job.workspace.digest_of(f"statistics/{client.name}", "publish") if noised else None,
-        } | read
+        }
         base = {"base": job.base_identity}
-        yield Step("publish", f"experts/{client.name}", inputs | base | pool, functools.partial(_publish, job, client))
+        make = functools.partial(publish_client, job, client)
+        yield Step("publish", f"experts/{client.name}", inputs | base | read | pool, make)
         inputs = {
             "proxies": inputs["proxies"],
             "selection": recipe.selection.model_dump(mode="json"),
@@ -208,7 +209,8 @@ def _train_seed(job: Job, out: Path) -> None:
     train_seed(job.pool, job.recipe.base_model, seed=job.recipe.seed, out=out)
 
 
-def _align(job: Job, client: ExpertSource, out: Path) -> None:
+def align_client(job: Job, client: ExpertSource, out: Path) -> None:
+    """Train a client's expert."""
     from datasets import concatenate_datasets
 
     from mergekit_moe.alignment import align_expert
@@ -229,7 +231,8 @@ def _align(job: Job, client: ExpertSource, out: Path) -> None:
     )
 
 
-def _publish(job: Job, client: ExpertSource, out: Path) -> None:
+def publish_client(job: Job, client: ExpertSource, out: Path) -> None:
+    """Assemble the folder that a client may publish, its ledger and its card."""
     from mergekit_moe.alignment import domain_free_tokens
     from mergekit_moe.models import load_tokenizer
     from mergekit_moe.publication import publish_expert
