@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 from mergekit_moe import cards, data
 from mergekit_moe.adapters import ADAPTER_CONFIG
 from mergekit_moe.checkpoint import REPORT, read_config
+from mergekit_moe.experts import Expert
 from mergekit_moe.job import POOL, Job
+from mergekit_moe.privacy.ledger import LEDGER, guarantee_in_words
 from mergekit_moe.recipe import ExpertSource, Recipe
 from mergekit_moe.workspace import is_main_process, read_json
 
@@ -26,11 +28,14 @@ _STARTS = {
 }
 
 
-def write_expert_card(job: Job, client: ExpertSource, about: dict[str, Any], proxies: int, out: Path) -> None:
+def write_expert_card(
+    job: Job, client: ExpertSource, about: dict[str, Any], ledger: dict[str, Any], proxies: int, out: Path
+) -> None:
     """Write the card of a client's published expert to the folder `out`, which holds its adapter.
 
     Args:
         about: its expert.json.
+        ledger: its privacy.json.
         proxies: how many there are.
     """
     config = read_config(out, ADAPTER_CONFIG, f"expert '{client.name}'")
@@ -55,6 +60,10 @@ def write_expert_card(job: Job, client: ExpertSource, about: dict[str, Any], pro
         proxies=proxies,
         pool=_pools(job),
         silent_tokens=about["domain_free_token_ids"],
+        ledger=_rows_of(ledger),
+        total=guarantee_in_words(ledger["total"]),
+        unit=ledger["unit"],
+        caveats=ledger["caveats"],
     )
     (out / _CARD).write_text(card, encoding="utf-8")
 
@@ -119,11 +128,13 @@ def write_model_card(job: Job, out: Path) -> None:
                 "kept": kept[expert.name],
                 "license": expert.license or "unknown",
                 "proxies": len(job.proxies(expert)["rows"]) if fitted else None,
+                "guarantee": _guarantee_of(expert),
             }
             for expert in experts
         ],
         pool=_pools(job),
         top_k=job.recipe.merge.top_k,
+        context=job.recipe.router.context,
         silent_tokens=read_config(model, "config.json", "model")["router_excluded_token_ids"],
         anchor=job.recipe.merge.anchor,
         router_fitted=fitted is not None,
@@ -180,6 +191,23 @@ def describe_other_weights(recipe: Recipe, report: dict[str, Any]) -> list[str]:
         if parts:
             lines.append(f"{expert['name']}: {', '.join(parts)}; {fate}")
     return lines
+
+
+def _rows_of(ledger: dict[str, Any]) -> list[dict[str, str]]:
+    """Return a ledger's artifacts as a table shows them."""
+    return [
+        {**{key: entry[key] for key in ("file", "holds", "can_reveal")}, "guarantee": guarantee_in_words(entry)}
+        for entry in ledger["artifacts"]
+    ]
+
+
+def _guarantee_of(expert: Expert) -> str:
+    """Return what an expert's own ledger says of all that it publishes; nothing is known of those without one."""
+    if not (expert.folder / LEDGER).is_file():
+        return "not stated"
+    ledger = read_config(expert.folder, LEDGER, f"expert '{expert.name}'")
+    total = ledger.get("total")
+    return guarantee_in_words(total) if isinstance(total, dict) and "guarantee" in total else "not stated"
 
 
 def _on_hub(models: list[Any]) -> list[str]:

@@ -154,7 +154,6 @@ def steps(job: Job) -> Iterator[Step]:
             "privacy": {part: mechanism._asdict() for part, mechanism in protecting.spent_by(job, client).items()},
             "statistics": job.workspace.digest_of(f"statistics/{client.name}", "publish") if noised else None,
         }
-        base = {"base": job.base_identity}
         make = functools.partial(publish_client, job, client)
         yield Step("publish", f"experts/{client.name}", inputs | base | read | pool, make)
         inputs = {
@@ -256,8 +255,8 @@ def publish_client(job: Job, client: ExpertSource, out: Path) -> None:
         statistics=protecting.statistics_file(job, client),
         out=out,
     )
-    protecting.ledger_of(job, client, out)
-    carding.write_expert_card(job, client, about, len(proxies["rows"]), out)
+    ledger = protecting.ledger_of(job, client, out)
+    carding.write_expert_card(job, client, about, ledger, len(proxies["rows"]), out)
 
 
 def _publish_proxies(job: Job, client: ExpertSource, out: Path) -> None:
