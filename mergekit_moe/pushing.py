@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 from mergekit_moe import __version__
 from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG
-from mergekit_moe.checkpoint import INDEX, read_config
+from mergekit_moe.checkpoint import INDEX, license_of, read_config
 from mergekit_moe.errors import HubError
 from mergekit_moe.experts import ABOUT, PROXIES, STATISTICS
 from mergekit_moe.hub.asking import LOG_IN, RefusalError, ask
 from mergekit_moe.hub.downloads import commit_of
 from mergekit_moe.hub.verifying import digest_like, listed_files
+from mergekit_moe.privacy.ledger import LEDGER
 from mergekit_moe.workspace import MANIFEST, file_sha256
 
 _CARD = "README.md"
@@ -24,7 +25,7 @@ _CHECKPOINT = (
     *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja"),
 )
 _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "expert": ((ADAPTER, ADAPTER_CONFIG, ABOUT), (PROXIES, STATISTICS, _CARD, MANIFEST)),
+    "expert": ((ADAPTER, ADAPTER_CONFIG, ABOUT), (PROXIES, STATISTICS, LEDGER, _CARD, MANIFEST)),
     "native model": (("config.json", "export_report.json"), _CHECKPOINT),
     "merged model": (("config.json", "merge.json"), (*_CHECKPOINT, "*_metamoe.py", "router_training.json")),
     "seed model": (("config.json", "model.safetensors", MANIFEST), _CHECKPOINT),
@@ -99,6 +100,11 @@ def files_to_push(folder: Path, tell: Callable[[str], None] = lambda line: None)
         raise HubError(f"{folder} is nothing that can be pushed; known by their files are: {known}")
     for path in files.values():
         _require_ours(path, kind)
+    if license_of(folder) == "unknown":
+        raise HubError(
+            f"{folder / _CARD} states no licence, and nothing is published without one; set it in the recipe "
+            "(card.license, an expert's license, the license of a public_pool), and make the folder again"
+        )
     if not _manifest_is_public(folder, files):
         del files[MANIFEST]
         tell(f"note: {MANIFEST} stays here: it names a path, a user or a machine")
