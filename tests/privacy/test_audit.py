@@ -25,10 +25,10 @@ def test_noise_at_epsilon_2_hides_who_is_in_a_mean_of_100_texts(aucs: dict[float
     assert aucs[2.0] < 0.6
 
 
-def test_and_costs_little_in_routing() -> None:
+def test_and_costs_about_a_twentieth_of_the_tokens_their_expert() -> None:
     plain, noised = (np.mean([routing_accuracy(100, e, seed) for seed in range(6)]) for e in (None, 2.0))
     assert 0.85 < plain < 0.99
-    assert 0.0 < plain - noised < 0.05
+    assert 0.02 < plain - noised < 0.08
 
 
 def test_the_made_up_texts_are_what_they_are_said_to_be() -> None:
