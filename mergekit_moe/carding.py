@@ -9,7 +9,7 @@ from mergekit_moe.checkpoint import REPORT, read_config
 from mergekit_moe.experts import Expert
 from mergekit_moe.job import POOL, Job
 from mergekit_moe.privacy.ledger import LEDGER, guarantee_in_words
-from mergekit_moe.recipe import ExpertSource, Recipe
+from mergekit_moe.recipe import ExpertSource, Recipe, Seed
 from mergekit_moe.workspace import is_main_process, read_json
 
 if TYPE_CHECKING:
@@ -26,6 +26,20 @@ _STARTS = {
     "random": "is random, and was never trained",
     "arrow": "has one direction an expert, the one that its weights answer most (Arrow), and takes absolute scores",
 }
+
+
+def write_seed_card(job: Job, settings: Seed, out: Path) -> None:
+    """Write the card of a seed model that the recipe had trained to the folder `out`."""
+    metadata = cards.model_metadata(
+        library="transformers",
+        license=settings.license,
+        base_models=[],
+        relation="finetune",
+        datasets=_pools_on_hub(job),
+        tags=["mergekit_moe", "seed"],
+    )
+    facts = {"metadata": metadata, "name": f"{job.name}-seed", "settings": settings, "pool": _pools(job)}
+    (out / _CARD).write_text(cards.render("seed.md.j2", **facts), encoding="utf-8")
 
 
 def write_expert_card(

@@ -128,7 +128,7 @@ def steps(job: Job) -> Iterator[Step]:
         make = functools.partial(selecting.select_for_foreign, job, expert)
         yield Step("select", f"proxies/{expert.name}", inputs | seed, make, distributed=True)
     if isinstance(recipe.base_model, Seed):
-        inputs = {"model": recipe.base_model.model_dump(mode="json", exclude={"license"})}
+        inputs = {"model": recipe.base_model.model_dump(mode="json")}
         yield Step("seed", "seed", inputs | pool | seed, lambda out: _train_seed(job, out), distributed=True)
     for client in job.clients:
         base = {"base": job.base_identity}
@@ -206,6 +206,7 @@ def _train_seed(job: Job, out: Path) -> None:
 
     assert isinstance(job.recipe.base_model, Seed)
     train_seed(job.pool, job.recipe.base_model, seed=job.recipe.seed, out=out)
+    carding.write_seed_card(job, job.recipe.base_model, out)
 
 
 def align_client(job: Job, client: ExpertSource, out: Path) -> None:
