@@ -106,7 +106,7 @@ def fingerprint(
     Args:
         tell: is given a sentence if the cache has to do for the Hub.
     """
-    elsewhere = {"dataset", "installed", "revision", "tag"}
+    elsewhere = {"dataset", "installed", "revision", "tag", "license"}
     return [
         {**source.model_dump(mode="json", exclude=elsewhere), "content": _content(source, data_dir, what, tell)}
         for source in sources

