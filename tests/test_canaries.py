@@ -37,7 +37,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     values["export"] = ["mixtral"]
     recipe.write_text(yaml.safe_dump(values))
     workspace = tmp_path_factory.mktemp("workspace") / "ws"
-    environment = {**os.environ, "HF_TOKEN": f"hf_{TOKEN}", "USER": USER, "LOGNAME": USER, "HOME": f"/tmp/{USER}"}
+    home = tmp_path_factory.mktemp("homes") / USER
+    home.mkdir()
+    environment = {**os.environ, "HF_TOKEN": f"hf_{TOKEN}", "USER": USER, "LOGNAME": USER, "HOME": str(home)}
     command = [sys.executable, "-m", "mergekit_moe", "run", str(recipe), "--workspace", str(workspace)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
