@@ -17,7 +17,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(
-    r"base_model\.model\.(?P<path>.+?)(?P<base_layer>\.base_layer)?\."
+    r"base_model\.model\.(?P<path>.+?)(\.base_layer)?\."
     r"(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(\.weight)?|weight|bias)"
 )
@@ -87,8 +87,7 @@ def updates_of_adapter(
         match = _KEY.fullmatch(key)
         if match is None:
             raise ExpertError(f"{what}: {ADAPTER} holds {key}, which is no tensor of a LoRA adapter")
-        part = match["part"].removesuffix(".weight") if match["part"] != "weight" else "weight"
-        parts.setdefault(match["path"], {})[part] = key
+        parts.setdefault(match["path"], {})[match["part"].removesuffix(".weight")] = key
     found: dict[str, Update] = {}
     for path, keys in parts.items():
         found.update(_updates_of_module(path, keys, weights, config, what))

@@ -111,8 +111,7 @@ def write_model_card(job: Job, out: Path) -> None:
     fitted = read_json(model / "router_training.json") if job.recipe.fits_routers else None
     report = read_json(model / REPORT)
     experts = job.experts()
-    licenses = {"base": job.base_license, **{expert.name: expert.license or "unknown" for expert in experts}}
-    license = cards.require_license(job.recipe.card.license, licenses)
+    license = cards.require_license(job.recipe.card.license, job.licenses())
     metadata = cards.model_metadata(
         library="transformers",
         license=license,

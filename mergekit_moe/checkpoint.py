@@ -155,7 +155,7 @@ def weights_fingerprint(folder: Path, what: str) -> str:
 
 
 def stamp(folder: Path, what: str) -> str:
-    """Return one digest of the names, sizes and times of change of a model's weight files: it reads none of them."""
+    """Return one digest of the sizes and times of change of a model's weight files: it reads their headers alone."""
     files = [(folder / shard).stat() for shard in sorted(shards_of(folder, what))]
     return digest([[file.st_size, file.st_mtime_ns] for file in files])
 

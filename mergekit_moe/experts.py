@@ -61,6 +61,10 @@ class Base(NamedTuple):
         """Return the path of every layer's FFN."""
         return [self.architecture.ffn.format(layer=layer) for layer in range(self.layers)]
 
+    def ffn_weights(self) -> list[str]:
+        """Return the name of every FFN matrix, layer by layer."""
+        return [f"{block}.{name}.weight" for block in self.blocks() for name in self.architecture.projections]
+
     def is_ffn(self, name: str) -> bool:
         """True for a weight or bias of a layer's FFN."""
         before, _, after = self.architecture.ffn.partition("{layer}")
@@ -294,13 +298,13 @@ def _read_fine_tune(source: Resolved, base: Base, what: str) -> dict[str, Update
                 f"{what}: it holds {name}, which the base doesn't have; use a fine-tune of the recipe's base"
             )
     for name in base.weights:
-        if name in weights and weights.shape(name) != base.weights.shape(name):
+        if name not in weights:
+            raise ExpertError(f"{what}: it lacks {name}, which the base has; save the whole model")
+        if weights.shape(name) != base.weights.shape(name):
             raise ExpertError(
                 f"{what}: {name} has shape {list(weights.shape(name))}, the base's has {list(base.weights.shape(name))}"
             )
-        if name not in weights:
-            raise ExpertError(f"{what}: it lacks {name}, which the base has; save the whole model")
-    return {name: Update(weights, whole=name) for name in base.weights if name in weights}
+    return {name: Update(weights, whole=name) for name in base.weights}
 
 
 def _differing_fields(config: dict[str, Any], base: dict[str, Any], what: str) -> list[str]:

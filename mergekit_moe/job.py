@@ -202,6 +202,16 @@ class Job:
         picked = [self.workspace.digest_of(f"proxies/{source.name}", "select", (PROXIES,)) for source in self.foreign]
         return identities + ([picked] if picked else [])
 
+    def licenses(self) -> dict[str, str]:
+        """Return the licence of the base and of each expert, `unknown` where nothing states one."""
+        licenses = {"base": self.base_license}
+        for source in self.recipe.experts:
+            own = source.license or self.base_license
+            if source.client is None:
+                own = self.expert(source, weights=False).license or "unknown"
+            licenses[source.name] = own
+        return licenses
+
     @property
     def evaluates(self) -> bool:
         """Whether there is held-out text to judge a unified model by."""

@@ -1,8 +1,9 @@
 """Experts of a unified model on disk: one more, one less, and what is inside."""
 
 import re
-import tempfile
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +62,9 @@ def add_expert(
         if proxies is None:
             add(unified, expert, partial, tell)
         else:
-            with _blank(out) as blank:
-                add(_to_be_fitted(unified), expert, Path(blank), tell)
-                _fit(unified, Path(blank), proxies, partial)
+            with _blank(partial) as blank:
+                add(_to_be_fitted(unified), expert, blank, tell)
+                _fit(unified, blank, proxies, partial)
 
 
 def drop_expert(
@@ -84,14 +85,18 @@ def drop_expert(
             if unified.fitted:
                 tell("the routers were fitted on the dropped expert's proxies too; --proxies fits them anew")
         else:
-            with _blank(out) as blank:
-                drop(_to_be_fitted(unified), name, Path(blank))
-                _fit(unified, Path(blank), proxies, partial)
+            with _blank(partial) as blank:
+                drop(_to_be_fitted(unified), name, blank)
+                _fit(unified, blank, proxies, partial)
 
 
-def _blank(out: Path) -> tempfile.TemporaryDirectory[str]:
-    """Return a folder beside `out` for the model whose routers aren't fitted yet."""
-    return tempfile.TemporaryDirectory(prefix=f".{out.name}.blank.", dir=out.parent)
+@contextmanager
+def _blank(partial: Path) -> Iterator[Path]:
+    """Yield a folder for the model whose routers aren't fitted yet; inside `partial`, it goes the way of that."""
+    blank = partial / ".blank"
+    blank.mkdir()
+    yield blank
+    shutil.rmtree(blank)
 
 
 def _to_be_fitted(unified: Unified) -> Unified:

@@ -285,9 +285,8 @@ def _route(job: Job, out: Path) -> None:
     from mergekit_moe.models import read_statistics
     from mergekit_moe.routing.training import fit_routers
 
-    parts = []
-    for expert in job.experts() if job.recipe.router.start == "centroid" else ():
-        parts.append(read_statistics(expert.folder / STATISTICS))
+    published_by = job.experts() if job.recipe.router.start == "centroid" else []
+    parts = [read_statistics(expert.folder / STATISTICS) for expert in published_by]
     published = {"count": torch.stack([p["count"] for p in parts])} if parts else {}
     published |= {key: torch.stack([p[key] for p in parts], dim=1) for key in ("sum", "noise") if parts}
     fit_routers(

@@ -82,12 +82,7 @@ def _plan_license(job: Job) -> list[tuple[str, str]]:
     """Look at the licences of what is there already; a client's expert takes its own, or the base's."""
     if isinstance(job.recipe.base_model, Seed) and not job.base.folder.is_dir():
         return []
-    licenses = {"base": job.base_license}
-    for source in job.recipe.experts:
-        published = source.client is None
-        own = job.expert(source, weights=False).license if published else source.license or job.base_license
-        licenses[source.name] = own or "unknown"
-    return [("licence", cards.require_license(job.recipe.card.license, licenses))]
+    return [("licence", cards.require_license(job.recipe.card.license, job.licenses()))]
 
 
 def _plan_export(job: Job, target: str) -> list[tuple[str, str]]:

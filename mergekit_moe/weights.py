@@ -59,9 +59,6 @@ class Weights:
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
-    def __len__(self) -> int:
-        return len(self._where)
-
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._where[name][1]["shape"])
 
@@ -145,6 +142,13 @@ def all_finite(tensor: "Tensor") -> bool:
     return bool(torch.isfinite(tensor.sum())) or all(bool(torch.isfinite(part).all()) for part in chunks(tensor))
 
 
+def raw_bytes(tensor: "Tensor") -> memoryview:
+    """Return a contiguous tensor's own memory."""
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
 def chunks(tensor: "Tensor") -> "tuple[Tensor, ...]":
     """Return flat views that together are the tensor."""
     return tensor.reshape(-1).split(CHUNK)
@@ -211,8 +215,6 @@ def _not_finite(planned: Planned) -> ExpertError:
 
 def _write_shard(path: Path, tensors: list[Planned], told: Callable[[int], None]) -> tuple[Header, str]:
     """Write one shard; return its header and its sha256, taken while the bytes are at hand."""
-    import torch
-
     header: Header = {}
     end = 0
     for tensor in tensors:
@@ -236,6 +238,6 @@ def _write_shard(path: Path, tensors: list[Planned], told: Callable[[int], None]
             for piece in values.contiguous().reshape(-1).split(_PIECE // values.element_size()):
                 if not all_finite(piece):
                     raise _not_finite(planned)
-                write(piece.view(torch.uint8).numpy().data)
+                write(raw_bytes(piece))
             told(planned.nbytes)
     return header, sha256.hexdigest()

@@ -22,18 +22,18 @@ Combine = Callable[[list[Tensor], Merge, torch.Generator], Tensor]
 
 def soup(changes: list[Tensor], merge: Merge, generator: torch.Generator) -> Tensor:
     """Return the mean change (Wortsman et al. 2022)."""
-    return functools.reduce(lambda total, change: total + change, changes) / len(changes)
+    return _total(changes) / len(changes)
 
 
 def task_arithmetic(changes: list[Tensor], merge: Merge, generator: torch.Generator) -> Tensor:
     """Return the scaled sum of the changes (Ilharco et al. 2023)."""
-    return _scaling(merge) * functools.reduce(lambda total, change: total + change, changes)
+    return _scaling(merge) * _total(changes)
 
 
 def ties(changes: list[Tensor], merge: Merge, generator: torch.Generator) -> Tensor:
     """Trim each change to its largest values, elect each weight's sign, average who agrees (Yadav et al. 2023)."""
     trimmed = [_largest(change, merge.density or 0.2) for change in changes]
-    sign = torch.sign(functools.reduce(lambda total, change: total + change, trimmed))
+    sign = torch.sign(_total(trimmed))
     total, count = torch.zeros_like(sign), torch.zeros_like(sign)
     for change in trimmed:
         agrees = (torch.sign(change) == sign) & (change != 0)
@@ -92,6 +92,10 @@ def _merged(name: str, base: Base, experts: list[Expert], merge: Merge, seed: in
     changes = [torch.zeros_like(wide(own)) if update is None else update.difference(own) for update in updates]
     generator = torch.Generator().manual_seed(int(digest([seed, name])[:12], 16))
     return (wide(own) + BASELINES[merge.method](changes, merge, generator)).to(own.dtype)
+
+
+def _total(changes: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, changes)
 
 
 def _scaling(merge: Merge) -> float:

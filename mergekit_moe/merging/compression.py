@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_moe.recipe import Compression
+from mergekit_moe.weights import raw_bytes
 
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 4
@@ -81,13 +82,13 @@ class Spool:
     def add(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Store a tensor; return what reads it back."""
         start = self._file.seek(0, 2)
-        self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-        dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        self._file.write(raw_bytes(tensor.contiguous()))
+        dtype, shape = tensor.dtype, tensor.shape
 
         def read() -> Tensor:
             self._file.seek(start)
-            data = torch.empty(shape, dtype=getattr(torch, dtype))
-            self._file.readinto(data.reshape(-1).view(torch.uint8).numpy())
+            data = torch.empty(shape, dtype=dtype)
+            self._file.readinto(raw_bytes(data))
             return data
 
         return read

@@ -57,9 +57,7 @@ def plan_expert(
         ExpertError: if it changes no FFN.
     """
     require_ffn_change(expert, base)
-    weights = [
-        f"{block}.{projection}.weight" for block in base.blocks() for projection in base.architecture.projections
-    ]
+    weights = base.ffn_weights()
     biases = [name for weight in weights if _changes(name := weight.removesuffix("weight") + "bias", base, expert)]
     updates = {name: expert.updates[name] for name in weights if name in expert.updates}
     if not biases and all(update.is_low_rank for update in updates.values()):

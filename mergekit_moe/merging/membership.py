@@ -17,7 +17,7 @@ from mergekit_moe.merging.ffn_experts import FfnExpert, plan_expert
 from mergekit_moe.merging.gates import GATES
 from mergekit_moe.merging.other_weights import find_differences, tell_differences
 from mergekit_moe.merging.output import copy_companions, in_type, write_checkpoint
-from mergekit_moe.merging.unify import CODE, MODELING, report_on_expert
+from mergekit_moe.merging.unify import CODE, MODELING, report_on_expert, shares_ffn
 from mergekit_moe.recipe import ANCHOR, Merge
 from mergekit_moe.weights import Planned, Weights, passed_through
 from mergekit_moe.workspace import write_json
@@ -116,18 +116,9 @@ def drop(unified: Unified, name: str, out: Path) -> None:
             "of at least 2"
         )
     entries = [entry for entry in unified.report["experts"] if entry["name"] != name]
-    excluded = sorted({token for entry in entries for token in entry["domain_free_token_ids"]})
-    config = {**unified.config, "experts": left, "router_excluded_token_ids": excluded, "num_experts_per_tok": top_k}
     anchor = unified.merge.anchor and name != ANCHOR
-    report = _with_merge(unified, {"top_k": top_k, "anchor": anchor})
-    _write(
-        unified,
-        config,
-        {**report, "experts": entries},
-        [*range(number), *range(number + 1, len(left) + 1)],
-        [],
-        out,
-    )
+    changed = _changed(unified, left, entries, top_k=top_k, anchor=anchor)
+    _write(unified, changed, base_within(unified), [*range(number), *range(number + 1, len(left) + 1)], {}, out)
 
 
 def add(unified: Unified, expert: Expert, out: Path, tell: Any = lambda line: None) -> None:
@@ -144,7 +135,7 @@ def add(unified: Unified, expert: Expert, out: Path, tell: Any = lambda line: No
         )
     _require_unmixed(unified, f"expert '{expert.name}' can't be added")
     base, merge = base_within(unified), unified.merge
-    holds_ffn = all(name in unified.weights for name in _ffn_names(base))
+    holds_ffn = all(name in unified.weights for name in base.ffn_weights())
     if not holds_ffn and expert.is_adapter:
         raise ExpertError(
             f"expert '{expert.name}' is an adapter, and {unified.folder} holds no FFN of the base, since all its "
@@ -152,8 +143,7 @@ def add(unified: Unified, expert: Expert, out: Path, tell: Any = lambda line: No
         )
     differences = find_differences(base, [expert])
     tell_differences([expert], differences, merge.other_weights, tell)
-    anchor = int(merge.anchor)
-    number = len(unified.names) - anchor
+    number = len(unified.names) - int(merge.anchor)
     spool, seed = Spool(out), unified.report["seed"]
     compress = merge.compress if holds_ffn else None
     member = plan_expert(expert, number, base, compress, spool, seed=seed, tell=tell)
@@ -165,10 +155,7 @@ def add(unified: Unified, expert: Expert, out: Path, tell: Any = lambda line: No
     experts = list(unified.config["experts"])
     experts.insert(number, member.entry)
     entries = [*unified.report["experts"], report_on_expert(expert, member, differences[expert.name])]
-    excluded = sorted({token for entry in entries for token in entry["domain_free_token_ids"]})
-    top_k = _top_k(unified, len(experts))
-    config = {**unified.config, "experts": experts, "router_excluded_token_ids": excluded, "num_experts_per_tok": top_k}
-    report = _with_merge(unified, {"top_k": top_k})
+    changed = _changed(unified, experts, entries, top_k=_top_k(unified, len(experts)))
     start, size = unified.report["router_start"], base.config["hidden_size"]
 
     def row(layer: int) -> Tensor:
@@ -177,7 +164,7 @@ def add(unified: Unified, expert: Expert, out: Path, tell: Any = lambda line: No
         return GATES[start](base, expert, expert.name, layer, seed)
 
     order: list[Any] = [*range(number), row, *range(number, len(unified.names))]
-    _write(unified, config, {**report, "experts": entries}, order, [(number, member)], out)
+    _write(unified, changed, base, order, {number: member}, out)
 
 
 def _top_k(unified: Unified, experts: int) -> int:
@@ -186,9 +173,19 @@ def _top_k(unified: Unified, experts: int) -> int:
     return experts if uniform else unified.config["num_experts_per_tok"]
 
 
-def _with_merge(unified: Unified, changed: dict[str, Any]) -> dict[str, Any]:
-    """Return the report with some settings of the merge changed."""
-    return {**unified.report, "merge": {**unified.report["merge"], **changed}}
+def _changed(unified: Unified, experts: list[Any], entries: list[Any], *, top_k: int, **merge: Any) -> Unified:
+    """Return the model as it will be, but for its weights.
+
+    Args:
+        experts: for the config.
+        entries: for the report.
+        merge: settings of the merge that change, beside `top_k`.
+    """
+    excluded = sorted({token for entry in entries for token in entry["domain_free_token_ids"]})
+    own = {"experts": experts, "router_excluded_token_ids": excluded, "num_experts_per_tok": top_k}
+    settings = {**unified.report["merge"], "top_k": top_k, **merge}
+    report = {**unified.report, "merge": settings, "experts": entries}
+    return unified._replace(config={**unified.config, **own}, report=report)
 
 
 def _require_unmixed(unified: Unified, what: str) -> None:
@@ -199,28 +196,20 @@ def _require_unmixed(unified: Unified, what: str) -> None:
         )
 
 
-def _ffn_names(base: Base) -> list[str]:
-    return [f"{block}.{projection}.weight" for block in base.blocks() for projection in base.architecture.projections]
-
-
 def _write(
-    unified: Unified,
-    config: dict[str, Any],
-    report: dict[str, Any],
-    rows: list[Any],
-    added: list[tuple[int, FfnExpert]],
-    out: Path,
+    unified: Unified, changed: Unified, base: Base, rows: list[Any], added: dict[int, FfnExpert], out: Path
 ) -> None:
     """Write the changed model.
 
     Args:
+        changed: what it will be, from `_changed`.
+        base: within the old one.
         rows: for each expert of the new model its number in the old one, or what makes its row of a layer's router.
-        added: new experts and their numbers.
+        added: numbers of new experts -> those.
     """
     places = {old: new for new, old in enumerate(rows) if isinstance(old, int)}
-    whole = all(expert.get("kind") == "dense" for expert in config["experts"])
-    ffns = set() if not whole or config["router_excluded_token_ids"] else set(_ffn_modules(unified))
-    kept, experts, routers = [], [], []
+    shares = shares_ffn(changed.config)
+    kept, routers = [], []
     by_expert: dict[int, list[Planned]] = {new: [] for new in range(len(rows))}
     for name in unified.weights:
         match = _EXPERT.fullmatch(name)
@@ -231,22 +220,18 @@ def _write(
                 by_expert[new].append(passed_through(unified.weights, name, renamed))
         elif ".router." in name:
             routers.append(name)
-        elif name.rpartition(".")[0] not in ffns:
+        elif shares or not base.is_ffn(name):
             kept.append(passed_through(unified.weights, name))
-    for number, member in added:
+    for number, member in added.items():
         by_expert[number] = [in_type(tensor, unified.merge.dtype) for tensor in member.tensors]
     experts = [tensor for number in sorted(by_expert) for tensor in by_expert[number]]
     write_checkpoint(out, [kept, experts, [_rerouted(unified, name, rows) for name in _by_layer(routers)]])
-    write_json(out / "config.json", config)
-    write_json(out / REPORT, report)
-    copy_companions(base_within(unified), out)
+    write_json(out / "config.json", changed.config)
+    write_json(out / REPORT, changed.report)
+    copy_companions(base, out)
     for file in CODE:
         own = unified.folder / file
         shutil.copyfile(own if own.is_file() else MODELING / file, out / file)
-
-
-def _ffn_modules(unified: Unified) -> list[str]:
-    return [name.rpartition(".")[0] for name in _ffn_names(base_within(unified))]
 
 
 def _by_layer(names: list[str]) -> list[str]:

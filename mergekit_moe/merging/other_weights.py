@@ -41,9 +41,7 @@ def _differences(base: Base, expert: Expert, norms: dict[str, float]) -> list[Di
         if not base.is_ffn(name):
             change = update.squared_norm(base.weights.view(name))
             if not math.isfinite(change):
-                update.exact(base.weights.read(name))  # whose tensor it is that holds NaN or infinity
-                if update.whole is not None:
-                    update.weights.read(update.whole)
+                update.exact(base.weights.read(name))  # says whose tensor it is that holds NaN or infinity
             if change > 0.0:
                 groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append((name, change))
     found = []

@@ -62,7 +62,7 @@ def merge_experts(
     if merge.anchor:
         members.append(FfnExpert({"name": ANCHOR, "scale": 1.0, "ranks": {}}, []))
     config = moe_config(base, experts, members, merge, router)
-    shares = any(member.entry.get("kind") != "dense" for member in members) or config["router_excluded_token_ids"]
+    shares = shares_ffn(config)
     kept = [
         planned_other(name, base, experts, merge.other_weights)
         for name in base.weights
@@ -103,6 +103,13 @@ def moe_config(
         "router_excluded_token_ids": excluded,
     }
     return typed_config(config, merge.dtype)
+
+
+def shares_ffn(config: dict[str, Any]) -> bool:
+    """Whether a unified model needs the base's own FFN: what the config's property of that name tells of a model."""
+    return any(expert.get("kind") != "dense" for expert in config["experts"]) or bool(
+        config["router_excluded_token_ids"]
+    )
 
 
 def planned_routers(base: Base, experts: list[Expert | None], router: Router, seed: int) -> list[Planned]:
