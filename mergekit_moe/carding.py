@@ -180,7 +180,8 @@ def describe_router(recipe: Recipe, fitted: dict[str, Any] | None) -> str:
     if fitted is None:
         return f"{linear}; it {_STARTS[router.start]}. No proxies were used."
     closed = f"in closed form (`{router.start}`) from the proxies"
-    lines = [f"{linear}; started {f'by `{router.start}`' if router.start in _STARTS else closed}."]
+    of_no_proxies = router.start in _STARTS or router.start == "linear"
+    lines = [f"{linear}; started {f'by `{router.start}`' if of_no_proxies else closed}."]
     for name, judged in fitted["held_out"].items():
         lines.append(
             f"- `{name}`: loss {judged['loss']:.4f} on held-out proxies, "

@@ -15,7 +15,7 @@ from mergekit_moe.errors import DataError, ExpertError, RecipeError, WorkspaceEr
 from mergekit_moe.experts import PROXIES, STATISTICS, read_proxies
 from mergekit_moe.job import Job, published_files
 from mergekit_moe.plan import plan
-from mergekit_moe.recipe import ANCHOR, ExpertSource, Seed
+from mergekit_moe.recipe import ANCHOR, BY_PUBLISHED, ExpertSource, Seed
 from mergekit_moe.workspace import digest, is_main_process, read_json
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ def _route(job: Job, out: Path) -> None:
     from mergekit_moe.models import read_statistics
     from mergekit_moe.routing.training import fit_routers
 
-    published_by = job.experts() if job.recipe.router.start == "centroid" else []
+    published_by = job.experts() if job.recipe.router.start in BY_PUBLISHED else []
     parts = [read_statistics(expert.folder / STATISTICS) for expert in published_by]
     published = {"count": torch.stack([p["count"] for p in parts])} if parts else {}
     published |= {key: torch.stack([p[key] for p in parts], dim=1) for key in ("sum", "noise") if parts}
@@ -296,6 +296,7 @@ def _route(job: Job, out: Path) -> None:
         published=published,
         seed=job.recipe.seed,
         out=out,
+        base=job.base.folder,
     )
 
 

@@ -8,7 +8,7 @@ from mergekit_moe.architectures import require_export
 from mergekit_moe.errors import DataError, ExpertError, MetaMoeError
 from mergekit_moe.experts import STATISTICS, Expert, require_ffn_change
 from mergekit_moe.job import POOL, Job
-from mergekit_moe.recipe import ExpertSource, Seed
+from mergekit_moe.recipe import BY_PUBLISHED, ExpertSource, Seed
 
 
 def plan(job: Job, *, merging: bool = True, base: bool = True, carding: bool = False) -> list[tuple[str, str]]:
@@ -148,8 +148,9 @@ def _require_routable(job: Job, source: ExpertSource, expert: Expert) -> None:
     """Raise ExpertError for an expert that lacks what the recipe's router is fitted on."""
     if source.proxies == "published":
         job.proxy_rows(expert)
-    if job.recipe.router.start == "centroid" and not (expert.folder / STATISTICS).is_file():
+    start = job.recipe.router.start
+    if start in BY_PUBLISHED and not (expert.folder / STATISTICS).is_file():
         raise ExpertError(
-            f"expert '{source.name}': {expert.folder} has no {STATISTICS}, which router.start: centroid needs; "
+            f"expert '{source.name}': {expert.folder} has no {STATISTICS}, which router.start: {start} needs; "
             "publish the expert with `metamoe publish`, or start with lda"
         )

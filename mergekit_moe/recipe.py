@@ -2,7 +2,7 @@
 
 import re
 import string
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -14,8 +14,11 @@ RESERVED_NAMES = ("seed", "soup", "unified")
 EXPERT_NAME = r"^[a-z0-9][a-z0-9_-]*$"
 ANCHOR = "anchor"
 """Name of the expert that is the seed's own FFN."""
-NO_PROXIES = ("uniform", "random", "arrow")
+NoProxies = Literal["uniform", "random", "arrow"]
+NO_PROXIES = get_args(NoProxies)
 """Routers that are made without a pool, by the merge itself."""
+BY_PUBLISHED = ("centroid", "means")
+"""Routers that are made of the statistics that experts publish."""
 
 InstalledText = Literal["library-source", "manual", "unicode-names", "licences"]
 ExportFormat = Literal["mixtral", "qwen3_moe", "qwen2_moe", "flex_olmo"]
@@ -284,16 +287,29 @@ class Router(Spec):
     (frozen while the completion is read or written), or nothing."""
     context_weight: float = Field(0.95, gt=0, lt=1)
     """Where lambda starts, in every layer."""
-    start: Literal["lda", "centroid", "uniform", "random", "arrow"] = "lda"
-    """Closed form from the proxies: shrunk LDA on the feature that the router sees, or the mean vectors. Or without any
-    proxy: all experts alike (for `top_k` of all), at random, or by the direction of the input that each expert's
-    weights answer most (`arrow`)."""
+    start: Literal[NoProxies, "lda", "ridge", "centroid", "means", "flexolmo", "hidden", "cheap-embed", "linear"] = (
+        "lda"
+    )
+    """What training starts from, or goes without it. Closed forms of the feature that the router sees on the proxies:
+    `lda`, shrunk, or `ridge`. Mean vectors that clients publish: `centroid`, made fair, or `means`, raw as published.
+    Unit-length means of what the seed makes of the proxies: of its FFN inputs (`flexolmo`), of its hidden states
+    (`hidden`) or of token embeddings (`cheap-embed`), as mergekit-moe has them. `linear` is random, for training to
+    replace (BTX). Without any proxy: all experts alike (`uniform`, for `top_k` of all), at `random`, or by the
+    direction of the input that each expert's weights answer most (`arrow`)."""
     shrinkage: float = Field(0.1, ge=0, le=1)
-    """Share of a scaled identity in the LDA's covariance."""
+    """Share of a scaled identity in the covariance that `lda` and `ridge` divide by."""
     training: RouterTraining | None = RouterTraining()
     """null keeps the closed form."""
     max_length: int = Field(512, ge=16)
     """Tokens of a proxy that are read."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.start == "linear" and self.training is None:
+            raise ValueError(
+                "router.start linear is random until it is trained; give router.training, or start with lda"
+            )
+        return self
 
 
 class Evaluation(Spec):
@@ -387,6 +403,11 @@ class Recipe(Spec):
                     raise ValueError(
                         f"merge.method {self.merge.method} makes a dense model; '{field}' is for moe, drop it"
                     )
+        elif self.merge.anchor and self.router.start in BY_PUBLISHED:
+            raise ValueError(
+                f"router.start {self.router.start} is of what experts publish, and merge.anchor's publishes nothing; "
+                "start with lda or ridge, or drop merge.anchor"
+            )
         elif self.router.start == "uniform" and self.merge.top_k != count:
             raise ValueError(
                 f"router.start uniform gives every expert the same weight; set merge.top_k to all {count}, or start "

@@ -84,6 +84,12 @@ def test_recipes_are_frozen(tmp_path: Path) -> None:
         ({"experts": [GOOD["experts"][0], {"name": "x"}]}, "expert 'x': give either 'source' or 'client'"),
         ({"experts": [GOOD["experts"][0], {"name": "A b", "source": "x/y"}]}, "experts.1.name: string should match"),
         ({"merge": {"top_k": 3}}, "merge.top_k is 3 but there are 2 experts"),
+        (
+            {"router": {"start": "linear", "training": None}},
+            "router: router.start linear is random until it is trained",
+        ),
+        ({"router": {"start": "means"}, "merge": {"anchor": True}}, "merge.anchor's publishes nothing"),
+        ({"router": {"start": "lad"}}, "router.start: input should be 'uniform', 'random', 'arrow', 'lda', 'ridge', "),
         ({"base_model": None}, "base_model: "),
         ({"base_model": {"layers": 2}, "revision": "main"}, "'revision' is for a base model on the Hub"),
     ],

@@ -1,6 +1,9 @@
 """Routers that need no proxy: made from the experts' weights, or from nothing.
 
 A row depends on its own expert alone, so that experts can be added and dropped. Shapes: K experts, H hidden.
+
+SpectR (Fleshman and Van Durme 2025) isn't here: it scores by the norm of the expert's whole change, h' V S^2 V' h,
+which no row says. The best that one row can say of it, by absolute score, is its first term: `arrow`.
 """
 
 import math

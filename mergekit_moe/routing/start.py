@@ -1,13 +1,55 @@
-"""Closed-form routers. Each returns weights (L, K, H) and biases (L, K), float32.
+"""Where routers start: each returns weights (L, K, H) and biases (L, K), float32.
 
-All are centred and carry a bias: hidden states share a large common mean, and without both an expert
-whose vector is merely longer would win every token.
+Those of the proxies' statistics are centred and carry a bias: hidden states share a large common mean, and without
+both an expert whose vector is merely longer wins every token, as `means` shows.
+
+Routers that need no proxies are made by the merge (merging/gates.py).
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mergekit_moe.routing.statistics import RoutingStatistics
+from mergekit_moe.models import load_model
+from mergekit_moe.recipe import Router
+from mergekit_moe.routing import seed_rows
+from mergekit_moe.routing.statistics import RoutingStatistics, gather_statistics
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_BATCH = 16
+
+
+@dataclass
+class Material:
+    """What a router can start from; what takes a pass over the proxies is made when it is asked for."""
+
+    model: Any
+    proxies: "Dataset"
+    """Tokenised, with a column `expert`: those to fit on."""
+    settings: Router
+    seed: int
+    published: dict[str, Tensor]
+    """The clients' own statistics: `count` (K,), `sum` (L, K, H) and `noise` (L, K)."""
+    base: Path | None
+    """The seed model's folder."""
+
+    @cached_property
+    def statistics(self) -> RoutingStatistics:
+        weight = self.settings.context_weight if self.settings.context != "none" else 0.0
+        return gather_statistics(self.model, self.proxies, context_weight=weight, batch_size=_BATCH)
+
+    def by_seed(self, rows: Callable[[Any, Any, "Dataset"], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the rows that one of `seed_rows` makes, without bias."""
+        assert self.base is not None, "no seed model"
+        weights = rows(load_model(self.base).eval(), self.model.config, self.proxies)
+        return weights, torch.zeros(weights.shape[:2])
 
 
 def lda(statistics: RoutingStatistics, shrinkage: float) -> tuple[Tensor, Tensor]:
@@ -16,15 +58,38 @@ def lda(statistics: RoutingStatistics, shrinkage: float) -> tuple[Tensor, Tensor
     The pooled within-expert covariance S is (1 - s) S + s tr(S)/H I; row p is S^-1 (mu_p - mu), its bias
     -(mu_p - mu)' S^-1 (mu_p + mu) / 2 with mu the mean of the experts' means.
     """
+    means, within = _means_and_within(statistics)
+    centre = means.mean(dim=1, keepdim=True)
+    weights = torch.linalg.solve(_shrunk(within, shrinkage), (means - centre).transpose(1, 2)).transpose(1, 2)
+    return _with_bias(weights, means, centre)
+
+
+def ridge(statistics: RoutingStatistics, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """Ridge regression of one-hot experts on the feature, from X'X and X'Y alone, experts weighing alike.
+
+    X'X / n is the within-expert covariance pooled over tokens, as in `lda`, plus that of the experts' means; X'Y / n is
+    (mu_p - mu) / K. Both are centred, and the intercept is the bias. The penalty is lda's: (1 - s) X'X + s tr/H I.
+    """
+    means, within = _means_and_within(statistics)
+    experts, centre = means.shape[1], means.mean(dim=1, keepdim=True)
+    apart = means - centre
+    scatter = _shrunk(within + apart.transpose(1, 2) @ apart / experts, shrinkage)
+    weights = torch.linalg.solve(scatter, apart.transpose(1, 2) / experts).transpose(1, 2)
+    biases = 1.0 / experts - (weights * centre).sum(-1)
+    return weights.float(), biases.float()
+
+
+def _means_and_within(statistics: RoutingStatistics) -> tuple[Tensor, Tensor]:
+    """Return the experts' means (L, K, H) and the covariance around them (L, H, H), pooled over tokens."""
     means = statistics.total / statistics.count[None, :, None]
     explained = torch.einsum("k,lkh,lkg->lhg", statistics.count, means, means)
-    within = (statistics.gram - explained) / statistics.count.sum()
-    size = within.shape[-1]
-    average = within.diagonal(dim1=-2, dim2=-1).mean(-1)
-    within = (1.0 - shrinkage) * within + (shrinkage * average + 1e-12)[:, None, None] * torch.eye(size).double()
-    centre = means.mean(dim=1, keepdim=True)
-    weights = torch.linalg.solve(within, (means - centre).transpose(1, 2)).transpose(1, 2)
-    return _with_bias(weights, means, centre)
+    return means, (statistics.gram - explained) / statistics.count.sum()
+
+
+def _shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
+    size = covariance.shape[-1]
+    average = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return (1.0 - shrinkage) * covariance + (shrinkage * average + 1e-12)[:, None, None] * torch.eye(size).double()
 
 
 def centroid(counts_K: Tensor, sums_LKH: Tensor, noise_LK: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -44,6 +109,39 @@ def centroid(counts_K: Tensor, sums_LKH: Tensor, noise_LK: Tensor | None = None)
     return weights, biases
 
 
+def means(counts_K: Tensor, sums_LKH: Tensor) -> tuple[Tensor, Tensor]:
+    """The vectors that clients publish as they are: e_p of MetaMoE, section 3.3, by a plain dot product.
+
+    Here to reproduce the paper. Nothing bounds a row: a client that publishes a longer vector is sent more.
+    """
+    weights = (sums_LKH / counts_K[None, :, None]).float()
+    return weights, torch.zeros(weights.shape[:2])
+
+
+def linear(layers: int, experts: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Small random numbers (standard deviation 0.02), for training to replace (BTX, Sukhbaatar et al. 2024)."""
+    generator = torch.Generator().manual_seed(seed)
+    return 0.02 * torch.randn(layers, experts, size, generator=generator), torch.zeros(layers, experts)
+
+
 def _with_bias(weights: Tensor, means: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     bias = -0.5 * (weights * (means + centre)).sum(-1)
     return weights.float(), bias.float()
+
+
+def _linear(material: Material) -> tuple[Tensor, Tensor]:
+    config = material.model.config
+    return linear(config.num_hidden_layers, len(config.experts), config.hidden_size, material.seed)
+
+
+STARTS: dict[str, Callable[[Material], tuple[Tensor, Tensor]]] = {
+    "lda": lambda given: lda(given.statistics, given.settings.shrinkage),
+    "ridge": lambda given: ridge(given.statistics, given.settings.shrinkage),
+    "centroid": lambda given: centroid(given.published["count"], given.published["sum"], given.published["noise"]),
+    "means": lambda given: means(given.published["count"], given.published["sum"]),
+    "linear": _linear,
+    "flexolmo": lambda given: given.by_seed(seed_rows.flexolmo),
+    "hidden": lambda given: given.by_seed(seed_rows.hidden),
+    "cheap-embed": lambda given: given.by_seed(seed_rows.cheap_embed),
+}
+"""`router.start` -> how it is made, of the starts that are fitted after the merge."""

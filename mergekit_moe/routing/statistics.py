@@ -49,8 +49,6 @@ def gather_statistics(
     Args:
         proxies: tokenised rows with a column `expert`, the number of the expert whose proxy it is.
     """
-    from accelerate.utils import reduce
-
     state = process_state()
     layers, (experts, size) = len(routers_of(model)), routers_of(model)[0].weight.shape
     sums = RoutingStatistics(
@@ -63,9 +61,17 @@ def gather_statistics(
         for batch in batches(proxies, batch_size, model.device, mine):
             model(**scored_inputs(model, batch), forced_expert=batch["expert"], use_cache=False)
             _add(sums, calls, batch["expert"], context_weight)
+    return RoutingStatistics(*add_over_processes(sums.count, sums.total, sums.gram))
+
+
+def add_over_processes(*tensors: Tensor) -> list[Tensor]:
+    """Return the sums of each tensor over all processes, on the CPU."""
+    from accelerate.utils import reduce
+
+    state = process_state()
     if state.num_processes == 1:
-        return sums
-    return RoutingStatistics(*(reduce(t.to(state.device), "sum").cpu() for t in (sums.count, sums.total, sums.gram)))
+        return list(tensors)
+    return [reduce(tensor.to(state.device), "sum").cpu() for tensor in tensors]
 
 
 def _add(sums: RoutingStatistics, calls: list[RouterCall], expert: Tensor, context_weight: float) -> None:

@@ -16,8 +16,7 @@ from mergekit_moe.checkpoint import INDEX, REPORT, read_config
 from mergekit_moe.data import batches
 from mergekit_moe.models import RouterCall, load_model, recorded_routers, routers_of, scored_inputs
 from mergekit_moe.recipe import NO_PROXIES, Router, RouterTraining
-from mergekit_moe.routing import start
-from mergekit_moe.routing.statistics import gather_statistics
+from mergekit_moe.routing.start import STARTS, Material
 from mergekit_moe.training import train
 from mergekit_moe.workspace import MANIFEST, is_main_process, write_json
 
@@ -64,19 +63,27 @@ class RouterTrainer(Trainer):
 
 
 def fit_routers(
-    merged: Path, proxies: "Dataset", settings: Router, *, published: dict[str, Tensor], seed: int, out: Path
+    merged: Path,
+    proxies: "Dataset",
+    settings: Router,
+    *,
+    published: dict[str, Tensor],
+    seed: int,
+    out: Path,
+    base: Path | None = None,
 ) -> None:
     """Write the unified model with fitted routers to the folder `out`.
 
     Args:
         merged: the folder that `merge_experts` wrote.
         proxies: tokenised union of the proxies, with a column `expert`.
-        published: the clients' own statistics, `count` (K,), `sum` (L, K, H) and `noise` (L, K), for the centroid
-            start; they are over all proxies, those that judge included.
+        published: the clients' own statistics, `count` (K,), `sum` (L, K, H) and `noise` (L, K), for starts made of
+            them; they are over all proxies, those that judge included.
+        base: the seed model's folder, for starts made of what it says of the proxies.
     """
     model = load_model(merged)
     learnt, held_out = hold_out(proxies)
-    _start(model, learnt, settings, published)
+    start_routers(Material(model, learnt, settings, seed, published, base))
     report: dict[str, Any] = {"start": settings.start, "held_out": {settings.start: judge(model, held_out)}}
     if settings.training is not None:
         closed_form = copy.deepcopy([router.state_dict() for router in routers_of(model)])
@@ -140,25 +147,30 @@ def hold_out(proxies: "Dataset") -> tuple["Dataset", "Dataset"]:
     return proxies.select(learnt), proxies.select(held_out or learnt)
 
 
-def _start(model: "PreTrainedModel", proxies: "Dataset", settings: Router, published: dict[str, Tensor]) -> None:
-    """Set every router to its closed form, at the temperature that suits it; what the merge made stays."""
+def start_routers(material: Material) -> None:
+    """Set every router to its start, at the temperature that suits it; what the merge made stays."""
+    settings, routers = material.settings, routers_of(material.model)
     if settings.start in NO_PROXIES:
         return
-    if settings.start == "centroid":
-        weights, biases = start.centroid(published["count"], published["sum"], published["noise"])
-    else:
-        context_weight = settings.context_weight if settings.context != "none" else 0.0
-        statistics = gather_statistics(model, proxies, context_weight=context_weight, batch_size=_BATCH)
-        weights, biases = start.lda(statistics, settings.shrinkage)
+    weights, biases = STARTS[settings.start](material)
     with torch.no_grad():
-        for router, weight, bias in zip(routers_of(model), weights, biases, strict=True):
+        for router, weight, bias in zip(routers, weights, biases, strict=True):
             router.weight.copy_(weight)
             router.bias.copy_(bias)
             if router.context_logit is not None:
                 router.context_logit.fill_(math.log(settings.context_weight / (1.0 - settings.context_weight)))
-        for router, scale in zip(routers_of(model), best_scales(model, proxies), strict=True):
+        if not _scale_matters(material):
+            return
+        for router, scale in zip(routers, best_scales(material.model, material.proxies), strict=True):
             router.weight.mul_(scale)
             router.bias.mul_(scale)
+
+
+def _scale_matters(material: Material) -> bool:
+    """Whether anything depends on the temperature: weights of several experts, or training, never top-1's choice."""
+    config = material.model.config
+    chooses_only = config.num_experts_per_tok == 1 and config.norm_topk_prob
+    return material.settings.training is not None or not chooses_only
 
 
 @torch.no_grad()
