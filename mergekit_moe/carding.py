@@ -189,6 +189,8 @@ def describe_router(recipe: Recipe, fitted: dict[str, Any] | None) -> str:
         )
     if "kept" in fitted:
         lines.append(f"\nKept: `{fitted['kept']}`, the better of the two on held-out proxies.")
+        if fitted["kept"] == "trained" and fitted["trains"] != "router":
+            lines.append("The experts were trained with the routers, so that they are not quite what was published.")
     return "\n".join(lines)
 
 

@@ -139,7 +139,7 @@ def steps(job: Job) -> Iterator[Step]:
             "privacy": protecting.asked(job, client, "expert"),
         }
         make = functools.partial(align_client, job, client)
-        yield Step("align", f"aligned/{client.name}", inputs | base | seed, make, distributed=True)
+        yield Step("align", f"aligned/{client.name}", inputs | base | seed, make, distributed=True, resumable=True)
     for client in job.clients:
         make = functools.partial(protecting.noised_statistics_of, job, client)
         base = {"base": job.base_identity}
@@ -176,7 +176,7 @@ def steps(job: Job) -> Iterator[Step]:
     if recipe.fits_routers:
         inputs = {"router": router.model_dump(mode="json"), "merged": job.workspace.digest_of("merged", "merge")}
         inputs |= pool | experts | seed
-        yield Step("train-router", "model", inputs, lambda out: _route(job, out), distributed=True)
+        yield Step("train-router", "model", inputs, lambda out: _route(job, out), distributed=True, resumable=True)
     model = {"model": job.workspace.digest_of(job.model, "train-router" if recipe.fits_routers else "merge")}
     inputs = {"name": [job.name, job.base.public_name, job.base.revision, job.base_license]}
     if job.evaluates:

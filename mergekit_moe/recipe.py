@@ -2,11 +2,12 @@
 
 import re
 import string
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from mergekit_moe.privacy_recipe import Privacy, forbid_unaccounted
+from mergekit_moe.router_recipe import BY_PUBLISHED, NO_PROXIES, Router, Training
 from mergekit_moe.spec import Spec
 
 RESERVED_NAMES = ("seed", "soup", "unified")
@@ -14,11 +15,6 @@ RESERVED_NAMES = ("seed", "soup", "unified")
 EXPERT_NAME = r"^[a-z0-9][a-z0-9_-]*$"
 ANCHOR = "anchor"
 """Name of the expert that is the seed's own FFN."""
-NoProxies = Literal["uniform", "random", "arrow"]
-NO_PROXIES = get_args(NoProxies)
-"""Routers that are made without a pool, by the merge itself."""
-BY_PUBLISHED = ("centroid", "means")
-"""Routers that are made of the statistics that experts publish."""
 
 InstalledText = Literal["library-source", "manual", "unicode-names", "licences"]
 ExportFormat = Literal["mixtral", "qwen3_moe", "qwen2_moe", "flex_olmo"]
@@ -81,22 +77,6 @@ def _check_template(template: str) -> None:
     for _, name, form, conversion in fields:
         if name is not None and (not name or form or conversion or not re.fullmatch(r"[\w ./-]+", name)):
             raise ValueError(f"template {template!r}: a brace holds a column's name and nothing else, such as {{text}}")
-
-
-class Training(Spec):
-    """One run of the Trainer."""
-
-    epochs: float = Field(1.0, gt=0)
-    max_steps: int = -1
-    """Optimizer steps, over all processes; when positive it wins over `epochs`."""
-    learning_rate: float = Field(1e-4, gt=0)
-    batch_size: int = Field(32, ge=1)
-    """Rows a step on each process, before gradient accumulation."""
-    gradient_accumulation: int = Field(1, ge=1)
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = 0.0
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    bf16: bool = False
 
 
 class Seed(Training):
@@ -267,48 +247,6 @@ class Merge(Spec):
         }[self.method] | {"method", "dtype"}
         for field in sorted(self.model_fields_set - taken):
             raise ValueError(f"'{field}' means nothing to method {self.method}; drop it, or choose another method")
-        return self
-
-
-class RouterTraining(Training):
-    """Training of the router on the union of the proxies; the experts stay as they are."""
-
-    task_weight: float = Field(1.0, ge=0)
-    """Weight of the language-modelling loss, which reaches the router straight through."""
-    domain_weight: float = Field(1.0, ge=0)
-    """Weight of the cross-entropy to the expert whose proxy a token belongs to, averaged over layers."""
-
-
-class Router(Spec):
-    """How tokens find their expert."""
-
-    context: Literal["prefix", "prompt", "none"] = "prefix"
-    """What a token's own scores are mixed with: their running mean over its prefix, their mean over the prompt
-    (frozen while the completion is read or written), or nothing."""
-    context_weight: float = Field(0.95, gt=0, lt=1)
-    """Where lambda starts, in every layer."""
-    start: Literal[NoProxies, "lda", "ridge", "centroid", "means", "flexolmo", "hidden", "cheap-embed", "linear"] = (
-        "lda"
-    )
-    """What training starts from, or goes without it. Closed forms of the feature that the router sees on the proxies:
-    `lda`, shrunk, or `ridge`. Mean vectors that clients publish: `centroid`, made fair, or `means`, raw as published.
-    Unit-length means of what the seed makes of the proxies: of its FFN inputs (`flexolmo`), of its hidden states
-    (`hidden`) or of token embeddings (`cheap-embed`), as mergekit-moe has them. `linear` is random, for training to
-    replace (BTX). Without any proxy: all experts alike (`uniform`, for `top_k` of all), at `random`, or by the
-    direction of the input that each expert's weights answer most (`arrow`)."""
-    shrinkage: float = Field(0.1, ge=0, le=1)
-    """Share of a scaled identity in the covariance that `lda` and `ridge` divide by."""
-    training: RouterTraining | None = RouterTraining()
-    """null keeps the closed form."""
-    max_length: int = Field(512, ge=16)
-    """Tokens of a proxy that are read."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.start == "linear" and self.training is None:
-            raise ValueError(
-                "router.start linear is random until it is trained; give router.training, or start with lda"
-            )
         return self
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import randomise, tokens, write_adapter
 from datasets import Dataset
+from killing import Killed, kill_at
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -49,6 +50,22 @@ def test_training_lowers_the_loss_and_is_deterministic(base_folder: Path, tmp_pa
     assert (folders[0] / "adapter_model.safetensors").read_bytes() == (
         folders[1] / "adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_a_killed_alignment_goes_on_and_ends_with_the_same_bytes(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout draws random numbers at every step: they go on where they were."""
+    settings = SETTINGS.model_copy(update={"max_steps": 10, "dropout": 0.3})
+    whole = align(base_folder, tmp_path / "whole", settings)
+    killed = tmp_path / "killed"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(4, patch)
+        align(base_folder, killed, settings)
+    align_expert(base_folder, text_rows(), settings, name="law", seed=0, out=killed)
+    assert {file.name for file in killed.iterdir()} == {file.name for file in whole.iterdir()}
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (killed / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_the_adapter_is_silent_on_bos_and_only_there(base_folder: Path) -> None:

@@ -91,6 +91,44 @@ def test_two_processes_fit_the_closed_form_as_one_does(workspace: Path) -> None:
         assert (tensor - routers[1][name]).abs().max() <= 1e-5 * max(1.0, float(tensor.abs().max())), name
 
 
+_TRAINER = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+sys.path[:0] = sys.argv[2:]
+from conftest import tiny_moe
+from test_training import proxies
+from mergekit_moe.router_recipe import RouterTraining
+from mergekit_moe.routing.training import train_routers
+from mergekit_moe.workspace import is_main_process, leave_processes, process_state
+out, processes = Path(sys.argv[1]), process_state().num_processes
+model, rows = tiny_moe("Llama"), proxies()
+rows = rows.map(lambda row, i: {n: row[n][: 3 + i % 10] for n in ("input_ids", "labels")}, with_indices=True)
+settings = RouterTraining(
+    trains="router+experts", batch_size=8 // processes, max_steps=5, learning_rate=1e-3,
+    domain_weight=0.7, balance_weight=0.3, z_weight=0.1, patience=20,
+)
+log = train_routers(model, rows, settings, seed=3, folder=out / f"of-{processes}", judges=rows)
+if is_main_process():
+    losses = torch.tensor([entry["loss"] for entry in log if "loss" in entry])
+    save_file({**model.state_dict(), "losses": losses}, out / f"{processes}.safetensors")
+leave_processes()
+"""
+
+
+def test_two_processes_train_routers_and_experts_as_one_does(tmp_path: Path) -> None:
+    """The same rows a step, of very different length and of experts that one process may have none of; every loss."""
+    (tmp_path / "trainer.py").write_text(_TRAINER)
+    places = [str(tmp_path), str(Path(__file__).parent), str(Path(__file__).parent / "routing")]
+    for launch in ([sys.executable], LAUNCH):
+        done = subprocess.run([*launch, str(tmp_path / "trainer.py"), *places], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    alone, shared = (load_file(tmp_path / f"{processes}.safetensors") for processes in (1, 2))
+    for name, tensor in alone.items():
+        assert (tensor - shared[name]).abs().max() <= 1e-5 * max(1.0, float(tensor.abs().max())), name
+
+
 def test_two_processes_select_as_one_does(workspace: Path, tmp_path: Path) -> None:
     """Embeddings and picks: bytes of the one, rows of the other."""
     metamoe("select", workspace.parent / "tiny.yaml", "--workspace", tmp_path / "alone")

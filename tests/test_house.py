@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mergekit_moe"
-GROUND = {"errors", "privacy_recipe", "recipe", "recipe_file", "spec", "workspace"}
+GROUND = {"errors", "privacy_recipe", "recipe", "recipe_file", "router_recipe", "spec", "workspace"}
 MATERIAL = {
     *("adapters", "architectures", "checkpoint", "data", "experts", "hub", "installed_text", "models"),
     *("privacy", "training", "updates", "weights"),

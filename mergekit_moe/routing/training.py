@@ -1,23 +1,29 @@
-"""Fit the routers on the union of the proxies; experts and everything else stay as they are."""
+"""Fit the routers on the union of the proxies; all but the experts, where they train too, stays as it is."""
 
-import copy
+import functools
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Trainer
+from transformers.core_model_loading import revert_weight_conversion
 
 from mergekit_moe.checkpoint import INDEX, REPORT, read_config
 from mergekit_moe.data import batches
-from mergekit_moe.models import RouterCall, load_model, recorded_routers, routers_of, scored_inputs
-from mergekit_moe.recipe import NO_PROXIES, Router, RouterTraining
+from mergekit_moe.modeling.dense_metamoe import DenseExperts
+from mergekit_moe.modeling.experts_metamoe import LowRank
+from mergekit_moe.modeling.routing_metamoe import ContextRouter
+from mergekit_moe.models import load_model, recorded_routers, routers_of, scored_inputs
+from mergekit_moe.router_recipe import NO_PROXIES, Router, RouterTraining
+from mergekit_moe.routing.losses import Counts, balance_loss, count, domain_loss, z_loss
 from mergekit_moe.routing.start import STARTS, Material
-from mergekit_moe.training import train
+from mergekit_moe.training import PartTrainer, train
 from mergekit_moe.workspace import MANIFEST, is_main_process, write_json
 
 if TYPE_CHECKING:
@@ -28,38 +34,59 @@ _BATCH = 16
 _SCALES = [2.0 ** (-i / 2) for i in range(21)]
 
 
-def domain_loss(calls: list[RouterCall], expert: Tensor) -> Tensor:
-    """Cross-entropy of the routed tokens to the expert whose proxy they belong to, averaged over layers.
+class RouterTrainer(PartTrainer):
+    """Trainer whose losses reach the routers: by the task, straight through, by the domain, and by their own balance.
 
-    Experts weigh alike, as in the closed form, however many tokens of each the batch holds.
-
-    Args:
-        expert: (B,) numbers of the experts.
+    One step is the same whether its batch lies on one process or on several, in one piece or accumulated.
     """
-    routed = calls[0].routing.token_mask
-    owner = expert[:, None].expand_as(routed)[routed]
-    tokens_K = torch.bincount(owner, minlength=calls[0].logits.shape[-1])
-    weight = 1.0 / tokens_K[owner]
-    losses = [(F.cross_entropy(call.logits[routed], owner, reduction="none") * weight).sum() for call in calls]
-    return torch.stack(losses).mean() / tokens_K.count_nonzero()
 
-
-class RouterTrainer(Trainer):
-    """Trainer whose loss reaches the routers twice: by the task, straight through, and by the domain."""
+    control: Any
 
     def __init__(self, *args: Any, settings: RouterTraining, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings = settings
-        # The loss below is a mean over the batch: the Trainer must divide it by the accumulation steps.
-        self.model_accepts_loss_kwargs = False
+        self.counts: Counts | None = None
+        # The loss is a share of the whole step's: the Trainer must not divide it by the accumulation steps.
+        self.model_accepts_loss_kwargs = True
+
+    def count(self, batch: dict[str, Tensor]) -> Counts:
+        """Return what a collated batch holds."""
+        routed = self.model.base_model.routed_tokens(batch["input_ids"], None, batch["attention_mask"])
+        return count(batch["labels"], routed, batch["expert"], self.model.config.num_experts)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if samples:
+            own = functools.reduce(Counts.__add__, [self.count(batch) for batch in samples])
+            self.counts = Counts(*(self.accelerator.reduce(part.to(device), "sum") for part in own))
+        return samples, items
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
-        inputs = dict(inputs)
+        assert self.counts is not None
+        inputs, settings = dict(inputs), self.settings
+        own, routed = self.count(inputs), self.counts.routed.sum()
         expert = inputs.pop("expert")
         with recorded_routers(model) as calls:
             outputs = model(**inputs, use_cache=False)
-        loss = self.settings.task_weight * outputs.loss + self.settings.domain_weight * domain_loss(calls, expert)
+        loss = settings.task_weight * outputs.loss * (own.labels / self.counts.labels)
+        if settings.domain_weight > 0.0:
+            loss = loss + settings.domain_weight * domain_loss(calls, expert, self.counts.routed)
+        if settings.balance_weight > 0.0:
+            top_k = self.model.config.num_experts_per_tok
+            add = functools.partial(self.accelerator.reduce, reduction="sum")
+            loss = loss + settings.balance_weight * balance_loss(calls, top_k, routed, add=add)
+        if settings.z_weight > 0.0:
+            loss = loss + settings.z_weight * z_loss(calls, routed)
+        # Processes' gradients are averaged, and these are to be added.
+        loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Judge the model by the held-out proxies, as its start is judged."""
+        judged = {f"eval_{name}": value for name, value in judge(self.model, self.eval_dataset).items()}
+        self.log(judged)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, judged)
+        return judged
 
 
 def fit_routers(
@@ -86,36 +113,76 @@ def fit_routers(
     start_routers(Material(model, learnt, settings, seed, published, base))
     report: dict[str, Any] = {"start": settings.start, "held_out": {settings.start: judge(model, held_out)}}
     if settings.training is not None:
-        closed_form = copy.deepcopy([router.state_dict() for router in routers_of(model)])
-        report["log"] = train_routers(model, learnt, settings.training, seed=seed, folder=out)
+        before = {name: tensor.detach().clone() for name, tensor in trainable(model, settings.training).items()}
+        log = train_routers(model, learnt, settings.training, seed=seed, folder=out, judges=held_out)
+        report |= {"trains": settings.training.trains, "log": log}
         report["held_out"]["trained"] = judge(model, held_out)
         # Training after a merge can make it worse; held-out proxies decide, and the report says so.
         better = report["held_out"]["trained"]["loss"] <= report["held_out"][settings.start]["loss"]
         report["kept"] = "trained" if better else settings.start
         if not better:
-            for router, state in zip(routers_of(model), closed_form, strict=True):
-                router.load_state_dict(state)
+            model.load_state_dict(before, strict=False)
     if is_main_process():
-        _write(model, merged, out)
+        _write(model, merged, out, settings)
         write_json(out / "router_training.json", report)
 
 
+def trainable(model: "PreTrainedModel", settings: RouterTraining) -> dict[str, torch.nn.Parameter]:
+    """Return what is trained, by name: routers and, where asked for, experts; never the seed's own weights."""
+    kinds = (ContextRouter,) if settings.trains == "router" else (ContextRouter, LowRank, DenseExperts)
+    found = {}
+    for place, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False) if isinstance(module, kinds) else ():
+            if settings.learn_context or name != "context_logit":
+                found[f"{place}.{name}"] = parameter
+    return found
+
+
 def train_routers(
-    model: "PreTrainedModel", proxies: "Dataset", settings: RouterTraining, *, seed: int, folder: Path
+    model: "PreTrainedModel",
+    proxies: "Dataset",
+    settings: RouterTraining,
+    *,
+    seed: int,
+    folder: Path,
+    judges: "Dataset | None" = None,
 ) -> list[dict[str, float]]:
-    """Train the routers' rows, biases and context weights in place, and nothing else; return the log."""
+    """Train the routers' rows, biases and context weights in place, and the experts if they train; return the log.
+
+    Args:
+        judges: held-out proxies, for `settings.patience`.
+    """
     model.requires_grad_(False)
-    for router in routers_of(model):
-        router.requires_grad_(True)
-    return train(
-        model,
-        proxies,
-        settings,
-        seed=seed,
-        folder=folder,
-        trainer=lambda **kwargs: RouterTrainer(settings=settings, **kwargs),
-        mixed=True,
-    )
+    for parameter in trainable(model, settings).values():
+        parameter.requires_grad_(True)
+    with _trained_in_float32(model):
+        return train(
+            model,
+            proxies,
+            settings,
+            seed=seed,
+            folder=folder,
+            trainer=functools.partial(RouterTrainer, settings=settings),
+            mixed=True,
+            judges=judges,
+            patience=settings.patience,
+        )
+
+
+@contextmanager
+def _trained_in_float32(model: "PreTrainedModel") -> Iterator[None]:
+    """Inside the block, a model of which a part trains that is stored at 16 bits is float32: steps would round away."""
+    stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    if all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad):
+        yield
+        return
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(stored[name])
 
 
 @torch.no_grad()
@@ -195,25 +262,28 @@ def best_scales(model: "PreTrainedModel", proxies: "Dataset") -> list[float]:
     return [_SCALES[i] for i in losses.argmin(dim=1).tolist()]
 
 
-def _write(model: "PreTrainedModel", merged: Path, out: Path) -> None:
-    """Write `merged` with new routers: every other file is the same one on disk (a hard link where possible)."""
-    from safetensors.torch import save_file
+def _write(model: "PreTrainedModel", merged: Path, out: Path, settings: Router) -> None:
+    """Write `merged` with what was fitted: every other file is the same one on disk (a hard link where possible)."""
+    from safetensors.torch import load_file, save_file
 
+    fitted = trainable(model, settings.training or RouterTraining()) | trainable(model, RouterTraining())
+    changed = revert_weight_conversion(model, {name: parameter.detach() for name, parameter in fitted.items()})
     weight_map = read_config(merged, INDEX, "merge")["weight_map"]
-    (shard,) = {file for tensor, file in weight_map.items() if ".router." in tensor}
-    names = {tensor for tensor, file in weight_map.items() if file == shard}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name in names}
-    assert state.keys() == names
+    shards = {weight_map[name] for name in changed}
     for file in merged.iterdir():
-        if file.name not in (shard, MANIFEST, REPORT):
+        if file.name not in (*shards, MANIFEST, REPORT):
             _link(file, out / file.name)
-    write_json(out / REPORT, {**read_config(merged, REPORT, "merge"), "routers_fitted": True})
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in state.items()}, str(out / shard), metadata={"format": "pt"}
-    )
+    facts = {"routers_fitted": True, "experts_trained": len(shards) > 1}
+    write_json(out / REPORT, {**read_config(merged, REPORT, "merge"), **facts})
+    for shard in shards:
+        tensors = load_file(merged / shard)
+        for name in tensors.keys() & changed.keys():
+            tensors[name] = changed[name].cpu().to(tensors[name].dtype).contiguous()
+        save_file(tensors, out / shard, metadata={"format": "pt"})
 
 
 def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)  # of a run that was killed
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without links

@@ -13,7 +13,7 @@ from test_start import K, proxies, samples, statistics
 from torch.nn import functional as F
 
 from mergekit_moe.models import load_model, read_statistics, routers_of
-from mergekit_moe.recipe import BY_PUBLISHED, NO_PROXIES, Router, RouterTraining
+from mergekit_moe.router_recipe import BY_PUBLISHED, NO_PROXIES, Router, RouterTraining
 from mergekit_moe.routing import seed_rows, start
 from mergekit_moe.routing.start import STARTS
 from mergekit_moe.routing.training import fit_routers
