@@ -15,7 +15,8 @@ from mergekit_moe.errors import DataError, ExpertError, RecipeError, WorkspaceEr
 from mergekit_moe.experts import PROXIES, STATISTICS, read_proxies
 from mergekit_moe.job import Job, published_files
 from mergekit_moe.plan import plan
-from mergekit_moe.recipe import ANCHOR, BY_PUBLISHED, ExpertSource, Seed
+from mergekit_moe.recipe import ANCHOR, ExpertSource, Seed
+from mergekit_moe.router_recipe import BY_PUBLISHED, BY_STATISTICS
 from mergekit_moe.workspace import digest, is_main_process, read_json
 
 if TYPE_CHECKING:
@@ -174,8 +175,13 @@ def steps(job: Job) -> Iterator[Step]:
     if recipe.merge.method != "moe":
         return
     if recipe.fits_routers:
+        gathered = []
+        for number, (name, identity) in enumerate(_gathering(job)):
+            make = functools.partial(_gather, job, number)
+            yield Step("train-router", f"routing/{name}", identity | pool | seed, make, distributed=True)
+            gathered.append(job.workspace.digest_of(f"routing/{name}", "train-router"))
         inputs = {"router": router.model_dump(mode="json"), "merged": job.workspace.digest_of("merged", "merge")}
-        inputs |= pool | experts | seed
+        inputs |= {"gathered": gathered} | pool | experts | seed
         yield Step("train-router", "model", inputs, lambda out: _route(job, out), distributed=True, resumable=True)
     model = {"model": job.workspace.digest_of(job.model, "train-router" if recipe.fits_routers else "merge")}
     inputs = {"name": [job.name, job.base.public_name, job.base.revision, job.base_license]}
@@ -279,6 +285,36 @@ def _merge(job: Job, out: Path) -> dict[str, str]:
     )
 
 
+def _gathering(job: Job) -> list[tuple[str, dict[str, Any]]]:
+    """Return each expert whose statistics the routers are fitted on, and what those depend on: on no other expert.
+
+    The anchor's proxies are rows that no expert has taken, so that it depends on them all.
+    """
+    recipe, router = job.recipe, job.recipe.router
+    if router.start not in BY_STATISTICS:
+        return []
+    merged = job.workspace.folder("merged")
+    shared = {
+        "router": [router.context, router.context_weight, router.max_length],
+        "base": job.base_stamp,
+        "merge": [recipe.merge.dtype, recipe.merge.compress and recipe.merge.compress.model_dump()],
+        "domain_free": read_json(merged / "config.json")["router_excluded_token_ids"],
+        # Outside the FFNs, the model then holds a mean over all experts.
+        "mean": job.workspace.digest_of("merged", "merge") if recipe.merge.other_weights == "average" else None,
+    }
+    known = [job.expert(source, weights=False) for source in recipe.experts]
+    rows = [digest(job.proxies(expert)["rows"]) for expert in known]
+    identities = zip(known, job.expert_identities(), rows, strict=False)  # what was picked here comes last, all at once
+    found = [(expert.name, {"expert": own, "proxies": picked} | shared) for expert, own, picked in identities]
+    return found + ([(ANCHOR, {"proxies": rows} | shared)] if recipe.merge.anchor else [])
+
+
+def _gather(job: Job, number: int, out: Path) -> None:
+    from mergekit_moe.routing.training import gather_expert
+
+    gather_expert(job.workspace.folder("merged"), _tokens_of(job, number), job.recipe.router, out)
+
+
 def _route(job: Job, out: Path) -> None:
     import torch
 
@@ -297,6 +333,7 @@ def _route(job: Job, out: Path) -> None:
         seed=job.recipe.seed,
         out=out,
         base=job.base.folder,
+        gathered=[job.workspace.folder(f"routing/{name}") for name, _ in _gathering(job)],
     )
 
 
@@ -304,22 +341,26 @@ def _proxy_tokens(job: Job) -> "Dataset":
     """Return the tokenised union of the proxies, with a column `expert`."""
     from datasets import concatenate_datasets
 
+    count = len(job.recipe.experts) + job.recipe.merge.anchor
+    return concatenate_datasets([_tokens_of(job, number) for number in range(count)])
+
+
+def _tokens_of(job: Job, number: int) -> "Dataset":
+    """Return one expert's tokenised proxies, with its number as the column `expert`; the anchor's come last."""
     from mergekit_moe.models import load_tokenizer
 
-    tokenizer = load_tokenizer(job.base.folder)
-    parts = []
-    rows = [(expert.name, job.proxy_rows(expert)) for expert in job.experts()]
-    if job.recipe.merge.anchor:
-        rows.append((ANCHOR, job.anchor_rows()))
-    for number, (name, proxies) in enumerate(rows):
-        tokens = data.tokenize(proxies, tokenizer, job.recipe.router.max_length)
-        if len(tokens) == 0:
-            raise DataError(
-                f"expert '{name}': no proxy has a token to learn within router.max_length "
-                f"{job.recipe.router.max_length}; raise it"
-            )
-        parts.append(tokens.add_column("expert", [number] * len(tokens)))
-    return concatenate_datasets(parts)
+    if number == len(job.recipe.experts):
+        name, rows = ANCHOR, job.anchor_rows()
+    else:
+        expert = job.expert(job.recipe.experts[number])
+        name, rows = expert.name, job.proxy_rows(expert)
+    max_length = job.recipe.router.max_length
+    tokens = data.tokenize(rows, load_tokenizer(job.base.folder), max_length)
+    if len(tokens) == 0:
+        raise DataError(
+            f"expert '{name}': no proxy has a token to learn within router.max_length {max_length}; raise it"
+        )
+    return tokens.add_column("expert", [number] * len(tokens))
 
 
 def _export(job: Job, target: str, out: Path) -> None:

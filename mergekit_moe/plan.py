@@ -59,6 +59,8 @@ def _plan_workspace(job: Job) -> list[tuple[str, str]]:
         job.workspace.require_free(name)
     for target in job.recipe.export:
         job.workspace.require_free(f"export/{target}")
+    for source in job.recipe.experts:
+        job.workspace.require_free(f"routing/{source.name}")
     for client in job.clients:
         for stage in ("proxies", "aligned", "statistics", "experts"):
             job.workspace.require_free(f"{stage}/{client.name}")

@@ -9,6 +9,8 @@ from mergekit_moe.spec import Spec
 NoProxies = Literal["uniform", "random", "arrow"]
 NO_PROXIES = get_args(NoProxies)
 """Routers that are made without a pool, by the merge itself."""
+BY_STATISTICS = ("lda", "ridge")
+"""Routers that are made of each expert's sums over its proxies, which are kept."""
 BY_PUBLISHED = ("centroid", "means")
 """Routers that are made of the statistics that experts publish."""
 

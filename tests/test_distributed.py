@@ -75,7 +75,7 @@ def test_two_processes_share_the_work_of_training(workspace: Path) -> None:
 
 
 def test_two_processes_fit_the_closed_form_as_one_does(workspace: Path) -> None:
-    """Statistics are summed over processes: the routers equal those of one process."""
+    """Each expert's statistics are summed over processes: the routers equal those of one process."""
     recipe = workspace.parent / "tiny.yaml"
     trained = "  training:\n    batch_size: 8\n    max_steps: 4\n"
     assert trained in recipe.read_text()
@@ -84,6 +84,7 @@ def test_two_processes_fit_the_closed_form_as_one_does(workspace: Path) -> None:
     closed.write_text(recipe.read_text().replace(trained, "  training: null\n"))
     routers = []
     for launch in (metamoe, lambda *arguments: two_processes(workspace.parent, *arguments)):
+        shutil.rmtree(workspace / "routing")
         (workspace / "model" / "manifest.json").write_text(json.dumps({"inputs": {}, "outputs": {}}))
         launch("train-router", closed, "--workspace", workspace, "--data-dir", recipe.parent)
         routers.append(load_file(workspace / "model" / "model-00003-of-00003.safetensors"))

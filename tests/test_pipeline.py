@@ -35,6 +35,7 @@ STAGES = [
     "aligned/sailing",
     "experts/algebra",
     "merged",
+    "routing/sailing",
     "model",
     "evaluation",
     "card",
@@ -163,6 +164,45 @@ def test_a_changed_recipe_redoes_only_what_depends_on_it(
     _, printed, _ = command("run", changed, "--workspace", copy, "--data-dir", recipe.parent)
     built = [line.split(":")[0] for line in printed.splitlines() if line.endswith("building")]
     assert built == ["evaluation", "card"]
+
+
+def test_an_expert_more_or_less_needs_a_pass_over_its_own_proxies_alone(
+    finished: tuple[Path, Path, str], tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Dropped, and back as a new one: the routers are those of a fit from nothing, bit by bit."""
+    recipe, workspace, _ = finished
+    values = yaml.safe_load(recipe.read_text())
+    values["router"]["training"] = None
+    # The same name: it is part of what is published.
+    three, two = tmp_path / "three" / recipe.name, tmp_path / "two" / recipe.name
+    for path in (three, two):
+        path.parent.mkdir()
+    three.write_text(yaml.safe_dump(values))
+    two.write_text(yaml.safe_dump({**values, "experts": values["experts"][::2]}))
+    copy, fresh = tmp_path / "ws", tmp_path / "fresh"
+    shutil.copytree(workspace, copy)
+
+    def built(path: Path, place: Path) -> list[str]:
+        lines = []
+        for stage in ("merge", "train-router"):
+            code, printed, error = command(stage, path, "--workspace", place, "--data-dir", recipe.parent)
+            assert code == 0, error
+            lines += [line.split(":")[0] for line in printed.splitlines() if line.endswith("building")]
+        return lines
+
+    assert built(two, copy) == ["merged", "model"]
+    shutil.copytree(copy, fresh)
+    shutil.rmtree(fresh / "routing")
+    shutil.rmtree(fresh / "model")
+    assert built(two, fresh) == ["routing/cooking", "routing/algebra", "model"]
+    assert weights(fresh) == weights(copy)
+    shutil.rmtree(copy / "routing" / "sailing")
+    assert built(three, copy) == ["merged", "routing/sailing", "model"]
+    added = weights(copy)
+    shutil.rmtree(copy / "routing")
+    shutil.rmtree(copy / "model")
+    assert built(three, copy) == ["routing/cooking", "routing/sailing", "routing/algebra", "model"]
+    assert weights(copy) == added
 
 
 def test_a_client_alone_can_select_and_is_stopped_at_the_merge(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mergekit_moe.models import load_model
-from mergekit_moe.recipe import Router
+from mergekit_moe.router_recipe import Router
 from mergekit_moe.routing import seed_rows
-from mergekit_moe.routing.statistics import RoutingStatistics, gather_statistics
+from mergekit_moe.routing.statistics import RoutingStatistics, gather_statistics, read_statistics
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,17 +39,26 @@ class Material:
     """The clients' own statistics: `count` (K,), `sum` (L, K, H) and `noise` (L, K)."""
     base: Path | None
     """The seed model's folder."""
+    gathered: list[Path]
+    """Folders with each expert's statistics, where they are known already."""
 
     @cached_property
     def statistics(self) -> RoutingStatistics:
-        weight = self.settings.context_weight if self.settings.context != "none" else 0.0
-        return gather_statistics(self.model, self.proxies, context_weight=weight, batch_size=_BATCH)
+        if self.gathered:
+            return read_statistics(self.gathered)
+        return gather_for(self.model, self.proxies, self.settings)
 
     def by_seed(self, rows: Callable[[Any, Any, "Dataset"], Tensor]) -> tuple[Tensor, Tensor]:
         """Return the rows that one of `seed_rows` makes, without bias."""
         assert self.base is not None, "no seed model"
         weights = rows(load_model(self.base).eval(), self.model.config, self.proxies)
         return weights, torch.zeros(weights.shape[:2])
+
+
+def gather_for(model: Any, proxies: "Dataset", settings: Router) -> RoutingStatistics:
+    """Return the statistics that a router of these settings is fitted on."""
+    weight = settings.context_weight if settings.context != "none" else 0.0
+    return gather_statistics(model, proxies, context_weight=weight, batch_size=_BATCH)
 
 
 def lda(statistics: RoutingStatistics, shrinkage: float) -> tuple[Tensor, Tensor]:

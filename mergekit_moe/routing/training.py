@@ -4,7 +4,7 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,8 @@ from mergekit_moe.modeling.routing_metamoe import ContextRouter
 from mergekit_moe.models import load_model, recorded_routers, routers_of, scored_inputs
 from mergekit_moe.router_recipe import NO_PROXIES, Router, RouterTraining
 from mergekit_moe.routing.losses import Counts, balance_loss, count, domain_loss, z_loss
-from mergekit_moe.routing.start import STARTS, Material
+from mergekit_moe.routing.start import STARTS, Material, gather_for
+from mergekit_moe.routing.statistics import write_statistics
 from mergekit_moe.training import PartTrainer, train
 from mergekit_moe.workspace import MANIFEST, is_main_process, write_json
 
@@ -98,6 +99,7 @@ def fit_routers(
     seed: int,
     out: Path,
     base: Path | None = None,
+    gathered: Sequence[Path] = (),
 ) -> None:
     """Write the unified model with fitted routers to the folder `out`.
 
@@ -107,10 +109,11 @@ def fit_routers(
         published: the clients' own statistics, `count` (K,), `sum` (L, K, H) and `noise` (L, K), for starts made of
             them; they are over all proxies, those that judge included.
         base: the seed model's folder, for starts made of what it says of the proxies.
+        gathered: the folders that `gather_expert` wrote, one an expert; without them, the proxies are passed over here.
     """
     model = load_model(merged)
     learnt, held_out = hold_out(proxies)
-    start_routers(Material(model, learnt, settings, seed, published, base))
+    start_routers(Material(model, learnt, settings, seed, published, base, list(gathered)))
     report: dict[str, Any] = {"start": settings.start, "held_out": {settings.start: judge(model, held_out)}}
     if settings.training is not None:
         before = {name: tensor.detach().clone() for name, tensor in trainable(model, settings.training).items()}
@@ -125,6 +128,17 @@ def fit_routers(
     if is_main_process():
         _write(model, merged, out, settings)
         write_json(out / "router_training.json", report)
+
+
+def gather_expert(merged: Path, proxies: "Dataset", settings: Router, out: Path) -> None:
+    """Write to the folder `out` what the closed forms need of one expert's proxies, those that judge left out.
+
+    Args:
+        merged: a unified model that holds the expert; which others it holds changes nothing.
+        proxies: the expert's own, tokenised, with its number in that model as the column `expert`.
+    """
+    learnt, _ = hold_out(proxies)
+    write_statistics(gather_for(load_model(merged).eval(), learnt, settings), proxies["expert"][0], out)
 
 
 def trainable(model: "PreTrainedModel", settings: RouterTraining) -> dict[str, torch.nn.Parameter]:

@@ -75,7 +75,7 @@ def test_what_is_written_is_what_was_trained(merged: Path, tmp_path: Path) -> No
     fit(merged, tmp_path / "model")
     model, (learnt, _) = load_model(merged), hold_out(ROWS)
     asked = RouterTraining(trains="router+experts", max_steps=20, batch_size=8, learning_rate=1e-2)
-    start_routers(Material(model, learnt, Router(training=asked), 0, {}, None))
+    start_routers(Material(model, learnt, Router(training=asked), 0, {}, None, []))
     train_routers(model, learnt, asked, seed=0, folder=tmp_path / "again")
     written = load_model(tmp_path / "model").state_dict()
     assert all(torch.equal(tensor, written[name]) for name, tensor in model.state_dict().items())
