@@ -130,7 +130,8 @@ def steps(job: Job) -> Iterator[Step]:
         yield Step("select", f"proxies/{expert.name}", inputs | seed, make, distributed=True)
     if isinstance(recipe.base_model, Seed):
         inputs = {"model": recipe.base_model.model_dump(mode="json")}
-        yield Step("seed", "seed", inputs | pool | seed, lambda out: _train_seed(job, out), distributed=True)
+        make = functools.partial(_train_seed, job)
+        yield Step("seed", "seed", inputs | pool | seed, make, distributed=True, resumable=True)
     for client in job.clients:
         base = {"base": job.base_identity}
         inputs = {

@@ -166,6 +166,39 @@ def test_a_changed_recipe_redoes_only_what_depends_on_it(
     assert built == ["evaluation", "card"]
 
 
+_KILLED_IN_TRAINING = """
+import os, signal
+from mergekit_moe import cli, training
+save, saved = training.PartTrainer._save_checkpoint, []
+def dying(self, *args):
+    save(self, *args)
+    saved.append(1)
+    if len(saved) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+training.PartTrainer._save_checkpoint = dying
+cli.main()
+"""
+
+
+def test_killed_in_a_training_it_goes_on_from_its_last_checkpoint(
+    finished: tuple[Path, Path, str], tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    recipe, undisturbed, _ = finished
+    workspace = tmp_path / "ws"
+    shutil.copytree(undisturbed, workspace)
+    for stage, folder, steps in (("align", "aligned/cooking", 12), ("train-router", "model", 4)):
+        (workspace / folder / "manifest.json").write_text(json.dumps({"inputs": {}, "outputs": {}}))
+        arguments = [stage, recipe, "--workspace", workspace]
+        killed = subprocess.run([sys.executable, "-c", _KILLED_IN_TRAINING, *map(str, arguments)], capture_output=True)
+        assert killed.returncode == -signal.SIGKILL
+        code, printed, error = command(*arguments)
+        assert code == 0, error
+        assert printed.count("'loss'") == steps - 3, "it trained the rest, and no more"
+        for file in (undisturbed / folder).glob("*.safetensors"):
+            assert file_sha256(file) == file_sha256(workspace / folder / file.name), file.name
+    assert not list(workspace.rglob(".*"))
+
+
 def test_an_expert_more_or_less_needs_a_pass_over_its_own_proxies_alone(
     finished: tuple[Path, Path, str], tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
