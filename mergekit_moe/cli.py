@@ -136,6 +136,28 @@ def train_router(recipe: RecipePath, workspace: WorkspacePath = None, data_dir: 
 
 
 @app.command()
+def compare(
+    recipe: RecipePath,
+    workspace: WorkspacePath = None,
+    data_dir: DataPath = None,
+    only: Annotated[str, typer.Option("--only", help="Methods to run now, commas between; all if not given.")] = "",
+    seeds: Annotated[str, typer.Option("--seeds", help="Random seeds to run now; the recipe's if not given.")] = "",
+) -> None:
+    """Put every method side by side on every domain, over several random seeds: tables, pictures and JSON."""
+    from transformers.utils import logging
+
+    from mergekit_moe.comparing import COMPARISON, compare
+    from mergekit_moe.evaluation.comparison import GROUPS, comparison_rows
+
+    logging.disable_progress_bar()
+    job = _job(recipe, workspace, data_dir)
+    found = compare(job, only=_listed(only), seeds=_listed(seeds))
+    for title, groups in GROUPS.items():
+        _print_table(title, *comparison_rows(found, groups))
+    console.print(f"comparison: {job.workspace.folder(COMPARISON)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def evaluate(recipe: RecipePath, workspace: WorkspacePath = None, data_dir: DataPath = None) -> None:
     """Judge seed, experts, soup and the unified model on held-out text."""
     _run(recipe, workspace, data_dir, "evaluate")
@@ -374,6 +396,19 @@ def _run(recipe: Path, workspace: Path | None, data_dir: Path | None, only: str 
         console.print(f"model: {job.workspace.folder(model)}", highlight=False, soft_wrap=True)
 
 
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*(cell.replace("*", "") for cell in row))
+    console.print(table)
+
+
 def _print_results(job: "Job") -> None:
     from mergekit_moe.evaluation import tables
     from mergekit_moe.workspace import read_json
@@ -383,9 +418,4 @@ def _print_results(job: "Job") -> None:
     if results["proxies"]:
         parts.append(("share of proxies with the client's true tag", tables.proxy_rows(results["proxies"])))
     for title, (header, rows) in parts:
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for number, name in enumerate(header):
-            table.add_column(name, justify="right" if number else "left")
-        for row in rows:
-            table.add_row(*(cell.replace("*", "") for cell in row))
-        console.print(table)
+        _print_table(title, header, rows)

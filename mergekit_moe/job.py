@@ -37,6 +37,7 @@ class Job:
         self._seen: dict[str, Expert] = {}
         """Experts on the Hub whose headers were fetched."""
         self._rows: dict[str, tuple[Dataset | None, Dataset | None]] = {}
+        self._proxy_rows: dict[str, Dataset] = {}
 
     @functools.cached_property
     def base(self) -> hub.Resolved:
@@ -236,12 +237,18 @@ class Job:
         folder = self.workspace.folder(f"proxies/{expert.name}") if picked_here else expert.folder
         return read_proxies(folder, expert.name)
 
+    def use_proxies(self, name: str, rows: "Dataset") -> None:
+        """Take these rows for an expert's proxies, whatever it published."""
+        self._proxy_rows[name] = rows
+
     def proxy_rows(self, expert: Expert) -> "Dataset":
         """Return the pool's rows that are an expert's proxies.
 
         Raises:
             ExpertError: if it has none, or they were picked from another pool.
         """
+        if expert.name in self._proxy_rows:
+            return self._proxy_rows[expert.name]
         proxies = self.proxies(expert)
         if proxies["pool"]["fingerprint"] != self.pool_fingerprint:
             raise ExpertError(

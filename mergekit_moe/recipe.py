@@ -2,7 +2,7 @@
 
 import re
 import string
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -259,6 +259,20 @@ class Evaluation(Spec):
     batch_size: int = Field(16, ge=1)
 
 
+class Comparison(Spec):
+    """What `metamoe compare` puts side by side, beside the methods that it knows."""
+
+    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    """Random seeds. Each selects, aligns and unifies anew; all start from one seed model and one pool."""
+    ablations: dict[Annotated[str, Field(pattern=EXPERT_NAME)], dict[str, Any]] = {}
+    """Name -> what is changed in this recipe. `selection` changes the proxies that routers are fitted on, and the
+    experts stay those of the recipe; `alignment` trains experts of their own. `experts` is by name here."""
+    strangers: dict[Annotated[str, Field(pattern=EXPERT_NAME)], DataSource] = {}
+    """Held-out text of no expert's domain."""
+    ceiling_rows: int = Field(1000, ge=1)
+    """Private rows a client that the ceiling's routers are fitted on."""
+
+
 class Card(Spec):
     """What the model card says that no file can tell."""
 
@@ -297,6 +311,7 @@ class Recipe(Spec):
     merge: Merge = Merge()
     router: Router = Router()
     evaluation: Evaluation = Evaluation()
+    comparison: Comparison = Comparison()
     card: Card = Card()
     export: list[ExportFormat] = []
     """Native families to write the model as, too: folders that load without remote code."""

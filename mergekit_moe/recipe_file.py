@@ -1,5 +1,6 @@
 """A recipe's YAML file, read and checked whole."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,37 @@ def load_recipe(path: Path, data_dir: Path | None = None) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError("\n".join(f"{path}: {_sentence(e)}" for e in error.errors())) from None
+
+
+def change_recipe(recipe: Recipe, changes: dict[str, Any], what: str, *, without: Collection[str] = ()) -> Recipe:
+    """Return a recipe with some of its values changed; mappings are changed key by key, experts by their names.
+
+    Args:
+        without: parts of the recipe that are left out first.
+
+    Raises:
+        RecipeError: naming `what` and every field that is wrong.
+    """
+    values = recipe.model_dump(mode="json", exclude_unset=True, exclude=set(without))
+    experts = {expert["name"]: expert for expert in values["experts"]}
+    changed = changes.get("experts")
+    if isinstance(changed, dict):
+        for name in changed.keys() - experts.keys():
+            raise RecipeError(f"{what}.experts: there is no expert '{name}'; there are {', '.join(experts)}")
+        values["experts"] = list(_changed(experts, changed).values())
+        changes = {key: value for key, value in changes.items() if key != "experts"}
+    try:
+        return Recipe.model_validate(_changed(values, changes))
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{what}: {_sentence(e)}" for e in error.errors())) from None
+
+
+def _changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _changed(values[key], new) if isinstance(new, dict) and isinstance(values.get(key), dict) else new
+        for key, new in changes.items()
+    }
+    return values | both
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -68,6 +68,14 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Make `target` the same file on disk, or a copy on another file system or one without links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """Inside the block, what the disk refuses becomes a WorkspaceError that names the folder."""
@@ -108,9 +116,13 @@ class Workspace:
     the sha256 of its files. It names no path, user or machine, so it can be published as it is.
     """
 
-    def __init__(self, root: Path, report: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self, root: Path, report: Callable[[str], None] = lambda line: None, lenders: tuple["Workspace", ...] = ()
+    ) -> None:
         self.root = root
         self.report = report
+        self.lenders = lenders
+        """Other workspaces: a folder that one of them made from the same inputs isn't made again."""
 
     def folder(self, name: str) -> Path:
         return self.root / name
@@ -158,6 +170,10 @@ class Workspace:
             wait_for_everyone()
             return folder
         self.require_free(name)
+        for lender in self.lenders:
+            if lender.is_current(name, inputs):
+                self._borrow(lender.folder(name), folder, partial)
+                return folder
         self.report(f"{name}: building")
         if is_main_process():
             goes_on = resumable and _read_if_there(partial / _INPUTS) == self._complete(inputs)
@@ -180,6 +196,16 @@ class Workspace:
             if_it_fails.pop_all()
         wait_for_everyone()
         return folder
+
+    def _borrow(self, lent: Path, folder: Path, partial: Path) -> None:
+        """Make `folder` what `lent` is, by hard links where possible."""
+        self.report(f"{folder.name}: as in {lent.parent}")
+        if is_main_process():
+            with disk_errors(self.root):
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(lent, partial, copy_function=link_or_copy)
+                _replace(folder, partial)
+        wait_for_everyone()
 
     def require_free(self, name: str) -> None:
         """Raise WorkspaceError if something that is no stage folder of ours stands where `name` would go."""

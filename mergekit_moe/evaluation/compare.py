@@ -1,14 +1,14 @@
 """The table: held-out loss of every method on every domain, and what the unified model keeps."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
-from mergekit_moe.data import IGNORED, batches, tokenize
-from mergekit_moe.errors import DataError
+from mergekit_moe.data import IGNORED, batches
 from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
+from mergekit_moe.evaluation.scoring import Domain, tokenized
 from mergekit_moe.evaluation.tables import RESULTS
 from mergekit_moe.models import load_expert, load_model, load_tokenizer, recorded_routers, scored_inputs
 from mergekit_moe.recipe import Evaluation
@@ -19,15 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SEED, SOUP, OURS, OWN = "seed", "soup", "unified", "own expert"
-
-
-class Domain(NamedTuple):
-    """Held-out rows of one expert's domain."""
-
-    expert: int
-    """The expert's number in the unified model."""
-    name: str
-    rows: "Dataset"
 
 
 def evaluate_models(
@@ -47,19 +38,7 @@ def evaluate_models(
         unified: the unified model's folder.
         proxy_shares: how often each client's proxies carry its true tag, kept with the results.
     """
-    tokenizer = load_tokenizer(base)
-    domains = [
-        d._replace(
-            rows=tokenize(d.rows.select(range(min(len(d.rows), settings.max_rows))), tokenizer, settings.max_length)
-        )
-        for d in domains
-    ]
-    for domain in domains:
-        if len(domain.rows) == 0:
-            raise DataError(
-                f"expert '{domain.name}': no held-out row has a token to judge within evaluation.max_length "
-                f"{settings.max_length}; raise it"
-            )
+    domains = tokenized(domains, load_tokenizer(base), settings)
     losses = {SEED: _losses(load_model(base), domains, settings)}
     losses.update(_expert_losses(base, experts, domains, settings))
     model = load_model(unified).eval()

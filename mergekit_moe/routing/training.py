@@ -2,8 +2,6 @@
 
 import functools
 import math
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +23,7 @@ from mergekit_moe.routing.losses import Counts, balance_loss, count, domain_loss
 from mergekit_moe.routing.start import STARTS, Material, gather_for
 from mergekit_moe.routing.statistics import write_statistics
 from mergekit_moe.training import PartTrainer, train
-from mergekit_moe.workspace import MANIFEST, is_main_process, write_json
+from mergekit_moe.workspace import MANIFEST, is_main_process, link_or_copy, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -286,7 +284,8 @@ def _write(model: "PreTrainedModel", merged: Path, out: Path, settings: Router) 
     shards = {weight_map[name] for name in changed}
     for file in merged.iterdir():
         if file.name not in (*shards, MANIFEST, REPORT):
-            _link(file, out / file.name)
+            (out / file.name).unlink(missing_ok=True)  # of a run that was killed
+            link_or_copy(file, out / file.name)
     facts = {"routers_fitted": True, "experts_trained": len(shards) > 1}
     write_json(out / REPORT, {**read_config(merged, REPORT, "merge"), **facts})
     for shard in shards:
@@ -294,11 +293,3 @@ def _write(model: "PreTrainedModel", merged: Path, out: Path, settings: Router) 
         for name in tensors.keys() & changed.keys():
             tensors[name] = changed[name].cpu().to(tensors[name].dtype).contiguous()
         save_file(tensors, out / shard, metadata={"format": "pt"})
-
-
-def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)  # of a run that was killed
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)

@@ -1,0 +1,251 @@
+"""`metamoe compare`: every method on every domain, over several random seeds, in one table.
+
+The workspace holds what all seeds share (the seed model, the pool's embeddings); `seeds/S` what one of them made:
+proxies, experts, `variants/NAME` where an ablation selects or aligns anew, and `methods/NAME`, a result each.
+"""
+
+import functools
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_moe import data, pipeline
+from mergekit_moe.errors import RecipeError
+from mergekit_moe.experts import read_proxies
+from mergekit_moe.job import Job
+from mergekit_moe.methods import ORACLE, Method, methods_of
+from mergekit_moe.recipe import ANCHOR, ExpertSource, Recipe, Seed
+from mergekit_moe.recipe_file import change_recipe
+from mergekit_moe.workspace import Workspace, read_json, write_json
+
+if TYPE_CHECKING:
+    from mergekit_moe.evaluation.scoring import Domain, Predict
+
+COMPARISON = "comparison"
+RESULT = "result.json"
+_ALIGNING = ("alignment", "privacy")
+"""Parts of a recipe that a client's expert depends on."""
+_UNIFYING = ("public_pool", "data_dir", "seed", "merge", "router")
+"""Parts that are all that who unifies published experts needs."""
+_FOR_MOE = ("merge", "router", "export")
+"""Parts that a recipe for one dense model can't have as they are."""
+_VOTES = ("btm", "btm-posterior")
+
+
+def compare(job: Job, *, only: Sequence[str] = (), seeds: Sequence[str] = ()) -> dict[str, Any]:
+    """Run what isn't there yet, write the comparison, and return it.
+
+    Args:
+        only: names of the methods to run now, all if none is named; those that ran before stay in the table.
+        seeds: random seeds to run now, the recipe's if none is named.
+
+    Raises:
+        MetaMoeError: for whatever a user can have got wrong.
+    """
+    methods, chosen = _chosen(job.recipe, only), _numbers(seeds)
+    jobs = list(_jobs_of_seeds(job, sorted({*job.recipe.comparison.seeds, *chosen})))
+    for of_seed in jobs:
+        if of_seed.recipe.seed not in (chosen or job.recipe.comparison.seeds):
+            continue
+        for command in ("select", "align", "publish") if of_seed.clients else ("select",) if of_seed.foreign else ():
+            pipeline.run(of_seed, command)
+        for name, method in methods.items():
+            if name != ORACLE:
+                _measure_method(of_seed, name, method)
+    return _write_comparison(job, jobs)
+
+
+def _chosen(recipe: Recipe, only: Sequence[str]) -> dict[str, Method]:
+    """Return the methods to run, all of whose changes make sense."""
+    methods = methods_of(recipe)
+    for name in only:
+        if name not in methods:
+            raise RecipeError(f"there is no method '{name}' to compare; there are {', '.join(methods)}")
+    for name, method in methods.items():
+        if method.group == "ablation":
+            change_recipe(recipe, method.changes or {}, f"comparison.ablations.{name.removeprefix('ablation-')}")
+    return {name: method for name, method in methods.items() if not only or name in only}
+
+
+def _numbers(seeds: Sequence[str]) -> list[int]:
+    for seed in seeds:
+        if not seed.isdigit():
+            raise RecipeError(f"--seeds: {seed!r} is no number; give random seeds such as 0,1,2")
+    return [int(seed) for seed in seeds]
+
+
+def _jobs_of_seeds(job: Job, seeds: list[int]) -> Iterator[Job]:
+    """Yield a job a random seed; all start from one seed model, and what doesn't depend on chance is made once."""
+    changes: dict[str, Any] = {}
+    if isinstance(job.recipe.base_model, Seed):
+        pipeline.run(job, "select")
+        pipeline.run(job, "seed")
+        changes = {"base_model": str(job.base.folder.resolve())}
+    lenders: tuple[Workspace, ...] = (job.workspace,)
+    for seed in seeds:
+        recipe = change_recipe(job.recipe, {**changes, "seed": seed}, "comparison.seeds")
+        workspace = Workspace(job.workspace.folder(f"seeds/{seed}"), job.workspace.report, lenders)
+        lenders = (*lenders, workspace)
+        yield Job(recipe, job.name, workspace)
+
+
+def _measure_method(job: Job, name: str, method: Method) -> None:
+    """Make the result of one method for one random seed."""
+    changes = method.changes or {}
+    changed = change_recipe(job.recipe, changes, f"comparison.{name}", without=_FOR_MOE if method.dense else ())
+    judged = Job(changed, job.name, job.workspace)
+    variant = _variant(job, name, changes)
+    experts = variant if changes.keys() & set(_ALIGNING) else job
+    picked = {source.name: _picked(experts, variant, source) for source in job.recipe.experts}
+    inputs = {
+        "method": [changes, method.private and job.recipe.comparison.ceiling_rows],
+        "recipe": {key: getattr(changed, key).model_dump(mode="json") for key in ("merge", "router", "evaluation")},
+        "base": job.base_identity,
+        "experts": experts.expert_identities(),
+        "proxies": list(picked.values()),
+        "held_out": [judged.held_out_fingerprint(expert) for expert in changed.experts],
+        "strangers": data.fingerprint(list(job.recipe.comparison.strangers.values()), job.data_dir, "strangers"),
+        "seed": job.recipe.seed,
+    }
+    make = functools.partial(_measure, experts, judged, name, method, picked)
+    job.workspace.build(f"methods/{name}", inputs, make)
+
+
+def _variant(job: Job, name: str, changes: dict[str, Any]) -> Job:
+    """Return a job whose proxies, and experts where asked for, are as the changes say; its folders are made."""
+    parts = {part: value for part, value in changes.items() if part in (*_ALIGNING, "selection")}
+    if not parts:
+        return job
+    folder = job.workspace.folder(f"variants/{name.removeprefix('ablation-')}")
+    workspace = Workspace(folder, job.workspace.report, (job.workspace, *job.workspace.lenders))
+    variant = Job(change_recipe(job.recipe, parts, f"comparison.{name}"), job.name, workspace)
+    for command in ("select", "align", "publish") if changes.keys() & set(_ALIGNING) else ("select",):
+        pipeline.run(variant, command)
+    return variant
+
+
+def _picked(experts: Job, selecting: Job, source: ExpertSource) -> list[int]:
+    """Return the pool's rows that are an expert's proxies."""
+    if selecting is experts or (source.client is None and source.proxies == "published"):
+        return experts.proxies(experts.expert(source))["rows"]
+    return read_proxies(selecting.workspace.folder(f"proxies/{source.name}"), source.name)["rows"]
+
+
+def _measure(experts: Job, judged: Job, name: str, method: Method, picked: dict[str, list[int]], out: Path) -> None:
+    """Write what a method makes of each domain to the folder `out`."""
+    from mergekit_moe.evaluation.scoring import Predict, by_model, measure, tokenized
+    from mergekit_moe.models import load_model, load_tokenizer
+
+    settings, tokenizer = judged.recipe.evaluation, load_tokenizer(judged.base.folder)
+    domains = tokenized(_domains(judged), tokenizer, settings)
+    strangers = tokenized(_strangers(judged), tokenizer, settings)
+    if method.changes is None:
+        predict, models = _unmerged(experts, name)
+        result = measure(predict, models, domains, strangers, settings)
+    else:
+        sub, seconds = _unify(experts, judged.recipe, method, picked, out / "work")
+        model = load_model(sub.workspace.folder(sub.model))
+        result = measure(by_model(model), [model], domains, strangers, settings)
+        result |= {"seconds": seconds, "trainable_parameters": _trained_parameters(sub, model)}
+        shutil.rmtree(out / "work")
+    if "experts" in (method.changes or {}):  # judged by other rows than the rest: it brings what to hold it against
+        known: dict[str, tuple[Predict, list[Any]]] = {
+            key: _unmerged(experts, key) for key in ("seed", *(f"expert-{domain.name}" for domain in domains))
+        }
+        result["references"] = {key: measure(*made, domains, [], settings)["domains"] for key, made in known.items()}
+    write_json(out / RESULT, result)
+
+
+def _domains(job: Job) -> "list[Domain]":
+    from mergekit_moe.evaluation.scoring import Domain
+
+    held_out = [(number, source.name, job.rows(source)[1]) for number, source in enumerate(job.recipe.experts)]
+    return [Domain(number, name, rows) for number, name, rows in held_out if rows is not None]
+
+
+def _strangers(job: Job) -> "list[Domain]":
+    from mergekit_moe.evaluation.scoring import Domain
+
+    sources = job.recipe.comparison.strangers
+    return [
+        Domain(-1, name, data.load_rows([source], job.data_dir, f"comparison.strangers.{name}"))
+        for name, source in sources.items()
+    ]
+
+
+def _unmerged(job: Job, name: str) -> "tuple[Predict, list[Any]]":
+    """Return how a method predicts that merges nothing, and its models."""
+    from mergekit_moe.evaluation.scoring import by_model, by_posterior, by_vote
+    from mergekit_moe.models import load_expert, load_model
+
+    if name == "seed":
+        model = load_model(job.base.folder)
+        return by_model(model), [model]
+    own = name.removeprefix("expert-")
+    models = [load_expert(job.base.folder, expert.folder) for expert in job.experts() if own in (expert.name, *_VOTES)]
+    votes = {"btm": by_vote, "btm-posterior": by_posterior}
+    return (votes[name](models) if name in votes else by_model(models[0])), models
+
+
+def _unify(
+    experts: Job, recipe: Recipe, method: Method, picked: dict[str, list[int]], work: Path
+) -> tuple[Job, dict[str, float]]:
+    """Unify published experts in the folder `work`, as who knows nothing else of them would; return the times, too."""
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    kept: dict[str, Any] = {key: values[key] for key in _UNIFYING if key in values}
+    kept["base_model"] = str(experts.base.folder.resolve())
+    kept["experts"] = [
+        {"name": expert.name, "source": str(expert.folder.resolve()), "same_base": True} for expert in experts.experts()
+    ]
+    sub = Job(Recipe.model_validate(kept), experts.name, Workspace(work))
+    for source in experts.recipe.experts:
+        rows = experts.pool.select(picked[source.name])
+        if method.private:
+            private = experts.private_rows(source)
+            rows = private.select(range(min(len(private), recipe.comparison.ceiling_rows)))
+        sub.use_proxies(source.name, rows)
+    seconds = {}
+    for part, command in {"merge": "merge", "router": "train-router"}.items():
+        begun = time.perf_counter()
+        if part == "merge" or sub.recipe.fits_routers:
+            pipeline.run(sub, command)
+        seconds[part] = time.perf_counter() - begun
+    return sub, seconds
+
+
+def _trained_parameters(sub: Job, model: Any) -> int:
+    """Return how many parameters a method trains to unify; a closed form trains none."""
+    from mergekit_moe.routing.training import trainable
+
+    training = sub.recipe.router.training
+    if not sub.recipe.fits_routers or training is None:
+        return 0
+    return sum(parameter.numel() for parameter in trainable(model, training).values())
+
+
+def _write_comparison(job: Job, jobs: list[Job]) -> dict[str, Any]:
+    """Put all results that are there together, as JSON, as Markdown and as pictures."""
+    from mergekit_moe.evaluation.comparison import assemble, write_tables
+
+    found = {
+        name: {
+            "label": method.label,
+            "group": method.group,
+            "private": method.private,
+            "seeds": {
+                str(of_seed.recipe.seed): read_json(file)
+                for of_seed in jobs
+                if (file := of_seed.workspace.folder(f"methods/{name}") / RESULT).is_file()
+            },
+        }
+        for name, method in methods_of(job.recipe).items()
+    }
+    names = [expert.name for expert in job.recipe.experts]
+    comparison = assemble(found, names + ([ANCHOR] if job.recipe.merge.anchor else []))
+    out = job.workspace.folder(COMPARISON)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "comparison.json", comparison)
+    write_tables(comparison, out)
+    return comparison

@@ -1,0 +1,88 @@
+"""What `metamoe compare` puts side by side: each method is a change to the recipe, or a vote of whole models."""
+
+from typing import Any, NamedTuple
+
+from mergekit_moe.recipe import Recipe
+
+ORACLE = "oracle"
+_TASK_ALONE = {"task_weight": 1.0, "domain_weight": 0.0}
+_TOP_2 = {"method": "moe", "top_k": 2, "anchor": False, "renormalise": True}
+
+
+class Method(NamedTuple):
+    """One row of the table."""
+
+    label: str
+    group: str
+    """`reference`, `baseline`, `ours`, `ablation` or `ceiling`."""
+    changes: dict[str, Any] | None = None
+    """What is changed in the recipe; None for what needs no merge."""
+    private: bool = False
+    """Whether it reads private rows to unify."""
+
+    @property
+    def dense(self) -> bool:
+        """Whether it makes one dense model."""
+        return (self.changes or {}).get("merge", {}).get("method", "moe") != "moe"
+
+
+METHODS: dict[str, Method] = {
+    "seed": Method("seed", "reference"),
+    ORACLE: Method("own expert (oracle)", "reference"),
+    "soup": Method("model soup", "baseline", {"merge": {"method": "soup"}}),
+    "task-arithmetic": Method("task arithmetic", "baseline", {"merge": {"method": "task-arithmetic"}}),
+    "ties": Method("TIES", "baseline", {"merge": {"method": "ties"}}),
+    "btm": Method("BTM, uniform vote", "baseline"),
+    "btm-posterior": Method("BTM, vote by domain posterior", "baseline"),
+    "btx": Method(
+        "BTX",
+        "baseline",
+        {
+            "merge": _TOP_2,
+            "router": {
+                "start": "linear",
+                "context": "none",
+                "training": {**_TASK_ALONE, "balance_weight": 0.01, "learning_rate": 1e-2, "epochs": 3},
+            },
+        },
+    ),
+    "flexolmo": Method(
+        "FlexOlmo",
+        "baseline",
+        {
+            "selection": {"method": "top-k"},
+            "merge": _TOP_2,
+            "router": {
+                "start": "flexolmo",
+                "context": "none",
+                "training": {**_TASK_ALONE, "learning_rate": 1e-2, "epochs": 3},
+            },
+        },
+    ),
+    "metamoe": Method(
+        "MetaMoE as published",
+        "baseline",
+        {
+            "merge": {"method": "moe", "top_k": 1, "anchor": False, "renormalise": False},
+            "router": {
+                "start": "means",
+                "context_weight": 0.5,
+                "training": {**_TASK_ALONE, "trains": "router+experts", "learning_rate": 1e-4, "epochs": 1},
+            },
+        },
+    ),
+    "ours": Method("ours", "ours", {}),
+    "unrestricted": Method("router on private data (ceiling)", "ceiling", {}, private=True),
+}
+"""In the table's order. Those that are trained are trained on the proxies. BTX and FlexOlmo keep their two experts a
+token, and learn a hundred times faster than our default, which suits routers that start from nothing better."""
+
+
+def methods_of(recipe: Recipe) -> dict[str, Method]:
+    """Return all rows of a recipe's table: the experts and the recipe's ablations, too."""
+    experts = {f"expert-{e.name}": Method(f"expert {e.name}", "reference") for e in recipe.experts}
+    ablations = {
+        f"ablation-{name}": Method(name.replace("-", " "), "ablation", changes)
+        for name, changes in recipe.comparison.ablations.items()
+    }
+    return {"seed": METHODS["seed"], **experts, **METHODS, **ablations}
