@@ -207,9 +207,10 @@ def test_an_expert_more_or_less_needs_a_pass_over_its_own_proxies_alone(
     values = yaml.safe_load(recipe.read_text())
     values["router"]["training"] = None
     # The same name: it is part of what is published.
-    three, two = tmp_path / "three" / recipe.name, tmp_path / "two" / recipe.name
-    for path in (three, two):
+    three, two, anchored = (tmp_path / folder / recipe.name for folder in ("three", "two", "anchored"))
+    for path in (three, two, anchored):
         path.parent.mkdir()
+    anchored.write_text(yaml.safe_dump({**values, "merge": {"anchor": True}}))
     three.write_text(yaml.safe_dump(values))
     two.write_text(yaml.safe_dump({**values, "experts": values["experts"][::2]}))
     copy, fresh = tmp_path / "ws", tmp_path / "fresh"
@@ -236,6 +237,7 @@ def test_an_expert_more_or_less_needs_a_pass_over_its_own_proxies_alone(
     shutil.rmtree(copy / "model")
     assert built(three, copy) == ["routing/cooking", "routing/sailing", "routing/algebra", "model"]
     assert weights(copy) == added
+    assert built(anchored, copy) == ["merged", "routing/anchor", "model"]
 
 
 def test_a_client_alone_can_select_and_is_stopped_at_the_merge(

@@ -17,7 +17,7 @@ from mergekit_moe.data import batches
 from mergekit_moe.modeling.dense_metamoe import DenseExperts
 from mergekit_moe.modeling.experts_metamoe import LowRank
 from mergekit_moe.modeling.routing_metamoe import ContextRouter
-from mergekit_moe.models import load_model, recorded_routers, routers_of, scored_inputs
+from mergekit_moe.models import RouterCall, load_model, recorded_routers, routers_of, scored_inputs
 from mergekit_moe.router_recipe import NO_PROXIES, Router, RouterTraining
 from mergekit_moe.routing.losses import Counts, balance_loss, count, domain_loss, z_loss
 from mergekit_moe.routing.start import STARTS, Material, gather_for
@@ -36,7 +36,8 @@ _SCALES = [2.0 ** (-i / 2) for i in range(21)]
 class RouterTrainer(PartTrainer):
     """Trainer whose losses reach the routers: by the task, straight through, by the domain, and by their own balance.
 
-    One step is the same whether its batch lies on one process or on several, in one piece or accumulated.
+    One step is the same whether its batch lies on one process or on several, in one piece or accumulated. Only at an
+    epoch's end do several repeat a few rows, so that each has a whole batch.
     """
 
     control: Any
@@ -62,23 +63,30 @@ class RouterTrainer(PartTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
         assert self.counts is not None
-        inputs, settings = dict(inputs), self.settings
-        own, routed = self.count(inputs), self.counts.routed.sum()
+        inputs = dict(inputs)
+        labels = self.count(inputs).labels
         expert = inputs.pop("expert")
         with recorded_routers(model) as calls:
             outputs = model(**inputs, use_cache=False)
-        loss = settings.task_weight * outputs.loss * (own.labels / self.counts.labels)
+        task = outputs.loss * (labels / self.counts.labels)
+        loss = self.settings.task_weight * task + self.router_losses(calls, expert, self.counts)
+        # Processes' gradients are averaged, and these are to be added.
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def router_losses(self, calls: list[RouterCall], expert: Tensor, counts: Counts) -> Tensor | float:
+        """Return the weighted sum of what the routers are trained by beside the task."""
+        settings, routed = self.settings, counts.routed.sum()
+        loss: Tensor | float = 0.0
         if settings.domain_weight > 0.0:
-            loss = loss + settings.domain_weight * domain_loss(calls, expert, self.counts.routed)
+            loss = loss + settings.domain_weight * domain_loss(calls, expert, counts.routed)
         if settings.balance_weight > 0.0:
             top_k = self.model.config.num_experts_per_tok
             add = functools.partial(self.accelerator.reduce, reduction="sum")
             loss = loss + settings.balance_weight * balance_loss(calls, top_k, routed, add=add)
         if settings.z_weight > 0.0:
             loss = loss + settings.z_weight * z_loss(calls, routed)
-        # Processes' gradients are averaged, and these are to be added.
-        loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Judge the model by the held-out proxies, as its start is judged."""
