@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
 
-from mergekit_moe.data import IGNORED, batches, tokenize
+from mergekit_moe.data import batches, tokenize
 from mergekit_moe.errors import DataError
 from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
+from mergekit_moe.evaluation.scoring import row_losses
 from mergekit_moe.evaluation.tables import RESULTS
 from mergekit_moe.models import load_expert, load_model, load_tokenizer, recorded_routers, scored_inputs
 from mergekit_moe.recipe import Evaluation
@@ -74,21 +74,6 @@ def evaluate_models(
         "parameters": {"unified": sum(p.numel() for p in model.parameters())},
     }
     write_json(out / RESULTS, results)
-
-
-@torch.no_grad()
-def row_losses(model: "PreTrainedModel", rows: "Dataset", batch_size: int) -> tuple[list[float], list[int]]:
-    """Return each row's summed loss in nats, and its number of learnt tokens."""
-    model.eval()
-    sums: list[float] = []
-    counts: list[int] = []
-    for batch in batches(rows, batch_size, model.device):
-        logits = model(**scored_inputs(model, batch), use_cache=False).logits
-        labels = batch["labels"][:, 1:]
-        each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        sums += each.cpu().double().sum(1).tolist()
-        counts += (labels != IGNORED).sum(1).tolist()
-    return sums, counts
 
 
 @torch.no_grad()
