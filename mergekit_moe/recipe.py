@@ -154,6 +154,12 @@ class ExpertSource(Spec):
                 raise ValueError(f"expert '{self.name}': '{field}' means {where}; move it, or drop it")
         return self
 
+    @property
+    def task(self) -> Task | None:
+        """What its held-out rows ask."""
+        test = self.client.test if self.client is not None else self.test
+        return test.task if test is not None else None
+
 
 class Selection(Spec):
     """How each client's proxies are picked from the public pool."""

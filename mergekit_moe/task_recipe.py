@@ -1,7 +1,7 @@
 """How held-out rows are judged beyond the loss: by the choice that a model makes, or by what it writes."""
 
 import re
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -51,7 +51,12 @@ class Generation(Spec):
         return self
 
 
+def _kind(value: Any) -> str:
+    has_choices = isinstance(value, Choices) or (isinstance(value, dict) and "choices" in value)
+    return "(choices)" if has_choices else "(generation)"
+
+
 Task = Annotated[
     Annotated[Choices, Tag("(choices)")] | Annotated[Generation, Tag("(generation)")],
-    Discriminator(lambda value: "(choices)" if isinstance(value, Choices) or "choices" in value else "(generation)"),
+    Discriminator(_kind),
 ]

@@ -6,16 +6,13 @@ from mergekit_moe.data import IGNORED, leading_tokens
 from mergekit_moe.errors import DataError
 from mergekit_moe.evaluation.scoring import row_losses
 from mergekit_moe.recipe import Evaluation
-from mergekit_moe.task_recipe import Choices
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
 
-def judge_choices(
-    model: "PreTrainedModel", tokenizer: Any, rows: "Dataset", task: Choices, settings: Evaluation
-) -> dict[str, float]:
+def judge_choices(model: "PreTrainedModel", tokenizer: Any, rows: "Dataset", settings: Evaluation) -> dict[str, float]:
     """Return `accuracy` and `accuracy_normalised`: the share of rows whose likeliest completion is the right one.
 
     Normalised is by the log-likelihood a character, white space at a completion's ends not counted: what

@@ -1,4 +1,4 @@
-"""The table: held-out loss of every method on every domain, and what the unified model keeps."""
+"""The table: held-out loss and accuracy of every method on every domain, and what the unified model keeps."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -7,11 +7,13 @@ import torch
 
 from mergekit_moe.data import batches, tokenize
 from mergekit_moe.errors import DataError
+from mergekit_moe.evaluation.judging import Questions, judge
 from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
 from mergekit_moe.evaluation.scoring import row_losses
 from mergekit_moe.evaluation.tables import RESULTS
 from mergekit_moe.models import load_expert, load_model, load_tokenizer, recorded_routers, scored_inputs
 from mergekit_moe.recipe import Evaluation
+from mergekit_moe.task_recipe import Choices, Generation
 from mergekit_moe.workspace import write_json
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ class Domain(NamedTuple):
     """The expert's number in the unified model."""
     name: str
     rows: "Dataset"
+    task: Choices | Generation | None = None
+    questions: Questions | None = None
+    """What they are judged by beside the loss, once they are tokens."""
 
 
 def evaluate_models(
@@ -48,12 +53,7 @@ def evaluate_models(
         proxy_shares: how often each client's proxies carry its true tag, kept with the results.
     """
     tokenizer = load_tokenizer(base)
-    domains = [
-        d._replace(
-            rows=tokenize(d.rows.select(range(min(len(d.rows), settings.max_rows))), tokenizer, settings.max_length)
-        )
-        for d in domains
-    ]
+    domains = [_prepared(domain, tokenizer, settings) for domain in domains]
     for domain in domains:
         if len(domain.rows) == 0:
             raise DataError(
@@ -90,11 +90,20 @@ def routing_accuracy(model: "PreTrainedModel", domain: Domain, settings: Evaluat
     return metric.compute()
 
 
+def _prepared(domain: Domain, tokenizer: Any, settings: Evaluation) -> Domain:
+    """Return a domain's first rows as tokens; with a task, as questions too."""
+    rows = domain.rows.select(range(min(len(domain.rows), settings.max_rows)))
+    questions = None if domain.task is None else Questions(rows, domain.task, tokenizer)
+    return domain._replace(rows=tokenize(rows, tokenizer, settings.max_length), questions=questions)
+
+
 def _losses(model: "PreTrainedModel", domains: list[Domain], settings: Evaluation) -> dict[str, Any]:
     results = {}
     for domain in domains:
         sums, counts = row_losses(model, domain.rows, settings.batch_size)
         results[domain.name] = TokenLoss().compute(predictions=sums, references=counts)
+        if domain.questions is not None:
+            results[domain.name] |= judge(model, domain.questions, settings)
     return results
 
 

@@ -11,9 +11,6 @@ from task_models import MODELS, TOKENIZER, sentences, tiny
 from mergekit_moe.errors import DataError
 from mergekit_moe.evaluation.choices import choice_likelihoods, encode_choice, judge_choices
 from mergekit_moe.recipe import Evaluation
-from mergekit_moe.task_recipe import Choices
-
-TASK = Choices(choices="options", answer="label")
 
 
 def questions(count: int = 12, seed: int = 0) -> Dataset:
@@ -42,7 +39,7 @@ def test_the_choice_is_the_likeliest_completion_by_brute_force(kind: str) -> Non
     rows = questions()
     model = tiny(kind)
     found = choice_likelihoods(model, TOKENIZER, rows, Evaluation(batch_size=5))
-    judged = judge_choices(model, TOKENIZER, rows, TASK, Evaluation(batch_size=5))
+    judged = judge_choices(model, TOKENIZER, rows, Evaluation(batch_size=5))
     model.double()
     plain = normalised = 0
     for row, likelihoods in zip(rows, found, strict=True):
@@ -73,7 +70,7 @@ def test_length_decides_only_where_it_is_divided_by() -> None:
     tokens = [len(TOKENIZER(text, add_special_tokens=False)["input_ids"]) for text in (short, long)]
     assert tokens[0] / len(short.strip()) > tokens[1] / len(long.strip())
     rows = Dataset.from_list([{"prompt": "fox", "completions": [short, long], "right": 0}])
-    judged = judge_choices(model, TOKENIZER, rows, TASK, Evaluation())
+    judged = judge_choices(model, TOKENIZER, rows, Evaluation())
     assert judged == {"accuracy": 1.0, "accuracy_normalised": 0.0}
 
 
