@@ -153,6 +153,7 @@ def write_model_card(job: Job, out: Path) -> None:
         router_fitted=fitted is not None,
         other_weights=describe_other_weights(job.recipe, report),
         loss_table=tables.markdown(*tables.loss_rows(results)) if results else "",
+        accuracy_table=tables.markdown(*tables.accuracy_rows(results)) if results else "",
         domain_table=tables.markdown(*tables.domain_rows(results)) if results else "",
         proxy_table=tables.markdown(*tables.proxy_rows(results["proxies"])) if results and results["proxies"] else "",
         router=describe_router(job.recipe, fitted),

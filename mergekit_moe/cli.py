@@ -415,6 +415,8 @@ def _print_results(job: "Job") -> None:
 
     results = read_json(job.workspace.folder("evaluation") / tables.RESULTS)
     parts = [("held-out loss, nats a token", tables.loss_rows(results)), ("unified model", tables.domain_rows(results))]
+    if (accuracies := tables.accuracy_rows(results))[1]:
+        parts.append(("held-out accuracy", accuracies))
     if results["proxies"]:
         parts.append(("share of proxies with the client's true tag", tables.proxy_rows(results["proxies"])))
     for title, (header, rows) in parts:

@@ -161,8 +161,8 @@ def _measure(experts: Job, judged: Job, name: str, method: Method, picked: dict[
 def _domains(job: Job) -> "list[Domain]":
     from mergekit_moe.evaluation.scoring import Domain
 
-    held_out = [(number, source.name, job.rows(source)[1]) for number, source in enumerate(job.recipe.experts)]
-    return [Domain(number, name, rows) for number, name, rows in held_out if rows is not None]
+    held_out = [(number, source, job.rows(source)[1]) for number, source in enumerate(job.recipe.experts)]
+    return [Domain(number, source.name, rows, source.task) for number, source, rows in held_out if rows is not None]
 
 
 def _strangers(job: Job) -> "list[Domain]":

@@ -13,6 +13,8 @@ from mergekit_moe import __version__, hub
 from mergekit_moe.errors import DataError
 from mergekit_moe.installed_text import CORPORA
 from mergekit_moe.recipe import DataSource
+from mergekit_moe.task_recipe import Choices
+from mergekit_moe.tasks import CHOICE, TASK_COLUMNS, columns_asked, task_cells, task_features, task_of
 from mergekit_moe.workspace import digest, file_sha256
 
 if TYPE_CHECKING:
@@ -36,7 +38,10 @@ def load_rows(
     public: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> "Dataset":
-    """Return the rows of all sources as columns `id`, `prompt`, `completion` and `tag`.
+    """Return the rows of all sources as columns `id`, `prompt`, `completion` and `tag`, and those of a task.
+
+    For choices these are `completions`, one a choice, and `right`, the number of the right one; where an answer is to
+    be written, `answer`.
 
     Args:
         what: how an error names these rows, such as "the public pool" or "expert 'law'".
@@ -50,6 +55,8 @@ def load_rows(
     from datasets import Dataset, Features, Value
 
     columns = Features({name: Value("string") for name in ("id", "prompt", "completion", "tag")})
+    for source in sources:
+        columns |= task_features(source)
     rows = itertools.chain.from_iterable(_told(source, data_dir, what, public, tell) for source in sources)
     if not public:
         return Dataset.from_list(list(rows), features=columns)
@@ -106,11 +113,15 @@ def fingerprint(
     Args:
         tell: is given a sentence if the cache has to do for the Hub.
     """
+    return [{**_identity(source), "content": _content(source, data_dir, what, tell)} for source in sources]
+
+
+def _identity(source: DataSource) -> dict[str, Any]:
+    """Return what a source says of its rows, but for where they lie."""
     elsewhere = {"dataset", "installed", "revision", "tag", "license"}
-    return [
-        {**source.model_dump(mode="json", exclude=elsewhere), "content": _content(source, data_dir, what, tell)}
-        for source in sources
-    ]
+    if not isinstance(task_of(source), Choices):  # which alone, of tasks, change a row's text
+        elsewhere.add("task")
+    return source.model_dump(mode="json", exclude=elsewhere)
 
 
 def describe(source: DataSource, data_dir: Path, what: str) -> str:
@@ -177,7 +188,8 @@ def tokenize(rows: "Dataset", tokenizer: Any, max_length: int) -> "Dataset":
         labels = [IGNORED] * len(prompt) + completion
         return {"input_ids": (prompt + completion)[:max_length], "labels": labels[:max_length]}
 
-    encoded = rows.map(encode, remove_columns=["id", "prompt", "completion", "tag"], keep_in_memory=True)
+    read = {"id", "prompt", "completion", "tag", *TASK_COLUMNS} & set(rows.column_names)
+    encoded = rows.map(encode, remove_columns=sorted(read), keep_in_memory=True)
     return encoded.filter(lambda row: any(label != IGNORED for label in row["labels"][1:]), keep_in_memory=True)
 
 
@@ -214,12 +226,14 @@ def batches(
 def _rows_of(source: DataSource, data_dir: Path, what: str, public: bool) -> Iterator[dict[str, str]]:
     """Yield a source's rows, those without text as one with an empty completion."""
     raw = _load(source, data_dir, what, public)
-    for column in [*source.where, *([source.tag] if source.tag else [])]:
+    asked, templates = columns_asked(source)
+    for column in [*source.where, *([source.tag] if source.tag else []), *asked]:
         _require_column(column, raw.column_names, source, what)
-    for template in (source.text, source.prompt, source.completion):
+    known = raw.column_names + ([CHOICE] if "right" in task_features(source) else [])
+    for template in (source.text, source.prompt, source.completion, *templates):
         for _, field in _parts(template or ""):
             if field is not None:
-                _require_column(field, raw.column_names, source, what)
+                _require_column(field, known, source, what)
     taken = 0
     for number, row in enumerate(raw):
         if not _matches(row, source):
@@ -230,13 +244,17 @@ def _rows_of(source: DataSource, data_dir: Path, what: str, public: bool) -> Ite
         name = str(row.get(source.id, number))
         tag = str(row[source.tag]) if source.tag else ""
         try:
+            cells = task_cells(source, row, _render)
             prompt = _render(source.prompt or "", row)
+            row |= {CHOICE: cells[CHOICE]} if CHOICE in cells else {}
             pieces = _chunks(_render(source.text or source.completion or "", row), source.chunk)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise DataError(f"{what}: {_name(source)}, row {number}: {error}") from None
         for k, piece in enumerate(pieces or [""]):
             row_id = name if len(pieces) <= 1 else f"{name}{_PIECE}{k}"
-            yield {"id": row_id, "prompt": prompt, "completion": piece, "tag": tag}
+            yield {"id": row_id, "prompt": prompt, "completion": piece, "tag": tag} | {
+                name: cells[name] for name in TASK_COLUMNS if name in cells
+            }
 
 
 def _load(source: DataSource, data_dir: Path, what: str, public: bool) -> "Dataset | IterableDataset":

@@ -190,6 +190,7 @@ def steps(job: Job) -> Iterator[Step]:
         judged = {
             "evaluation": recipe.evaluation.model_dump(mode="json"),
             "held_out": [job.held_out_fingerprint(expert) for expert in recipe.experts],
+            "tasks": [task.model_dump(mode="json") for expert in recipe.experts if (task := expert.task)],
             "selection": [job.workspace.digest_of(f"proxies/{client.name}", "select") for client in job.clients],
         }
         yield Step("evaluate", "evaluation", judged | model, lambda out: _evaluate(job, out))
@@ -379,7 +380,7 @@ def _evaluate(job: Job, out: Path) -> None:
     for number, source in enumerate(job.recipe.experts):
         held_out = job.rows(source)[1]
         if held_out is not None:
-            domains.append(Domain(number, source.name, held_out))
+            domains.append(Domain(number, source.name, held_out, source.task))
     evaluate_models(
         job.base.folder,
         {expert.name: expert.folder for expert in job.experts()},

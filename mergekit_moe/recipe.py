@@ -1,14 +1,13 @@
 """The recipe: what to unify, from what, and how. One YAML file, checked whole before any work starts."""
 
-import re
-import string
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from mergekit_moe.privacy_recipe import Privacy, forbid_unaccounted
 from mergekit_moe.router_recipe import BY_PUBLISHED, NO_PROXIES, Router, Training
-from mergekit_moe.spec import Spec
+from mergekit_moe.spec import Spec, check_template
+from mergekit_moe.task_recipe import Choices, Task
 
 RESERVED_NAMES = ("seed", "soup", "unified")
 """Methods that the results are reported for beside the experts."""
@@ -64,19 +63,27 @@ class DataSource(Spec):
         if self.chunk is not None and self.text is None:
             raise ValueError("'chunk' splits plain text only; drop it, or use 'text'")
         for template in (self.text, self.prompt, self.completion):
-            _check_template(template or "")
+            check_template(template or "")
         return self
 
 
-def _check_template(template: str) -> None:
-    """Raise ValueError unless the template is text with column names in braces."""
-    try:
-        fields = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"template {template!r}: {error}; double a brace that is meant as such") from None
-    for _, name, form, conversion in fields:
-        if name is not None and (not name or form or conversion or not re.fullmatch(r"[\w ./-]+", name)):
-            raise ValueError(f"template {template!r}: a brace holds a column's name and nothing else, such as {{text}}")
+class HeldOut(DataSource):
+    """Rows that no stage learns from, and how models are judged by them."""
+
+    task: Task | None = None
+    """What to judge by beside the loss: `choices`, or an `answer` to be written."""
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Self:
+        if self.task is None:
+            return self
+        if self.prompt is None:
+            raise ValueError("'task' asks for an answer to a prompt; give 'prompt' and 'completion' instead of 'text'")
+        if isinstance(self.task, Choices) and "{choice}" not in str(self.completion):
+            raise ValueError(
+                "'completion' has no place for a choice; write {choice} where it stands, such as ' {choice}'"
+            )
+        return self
 
 
 class Seed(Training):
@@ -103,7 +110,7 @@ class Client(Spec):
 
     private: DataSource
     """What the client's expert is for. Read by `select` and `align`; they leave no copy of a row on disk."""
-    test: DataSource | None = None
+    test: HeldOut | None = None
     """Held-out rows of the same domain, for `evaluate`; without it every tenth private row is held out."""
     prompts: list[Annotated[str, Field(min_length=1)]] = []
     """Sentences that describe the domain, for `selection.relevance: prompts`."""
@@ -122,7 +129,7 @@ class ExpertSource(Spec):
     revision: str | None = None
     client: Client | None = None
     """Inline, or the path of a YAML file that holds it."""
-    test: DataSource | None = None
+    test: HeldOut | None = None
     """Held-out rows for `evaluate`, for an expert that comes from a `source`."""
     proxies: Literal["published", "expert-gain"] = "published"
     """`expert-gain` picks them here for a `source` that published none: pool texts that it reads better than the base
@@ -146,6 +153,12 @@ class ExpertSource(Spec):
                 where = "inside 'client'" if field == "test" else "nothing here"
                 raise ValueError(f"expert '{self.name}': '{field}' means {where}; move it, or drop it")
         return self
+
+    @property
+    def task(self) -> Task | None:
+        """What its held-out rows ask."""
+        test = self.client.test if self.client is not None else self.test
+        return test.task if test is not None else None
 
 
 class Selection(Spec):

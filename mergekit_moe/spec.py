@@ -1,6 +1,8 @@
 """What every part of a recipe is."""
 
 import difflib
+import re
+import string
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -21,3 +23,14 @@ class Spec(BaseModel):
                     hint = f"did you mean '{near[0]}'?" if near else f"allowed are {', '.join(cls.model_fields)}"
                     raise ValueError(f"unknown key '{key}'; {hint}")
         return values
+
+
+def check_template(template: str) -> None:
+    """Raise ValueError unless the template is text with column names in braces."""
+    try:
+        fields = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template {template!r}: {error}; double a brace that is meant as such") from None
+    for _, name, form, conversion in fields:
+        if name is not None and (not name or form or conversion or not re.fullmatch(r"[\w ./-]+", name)):
+            raise ValueError(f"template {template!r}: a brace holds a column's name and nothing else, such as {{text}}")

@@ -98,6 +98,7 @@ FACTS: dict[str, dict[str, Any]] = {
         "other_weights": ["news: `model.norm.weight` (0.01 of the base's norm); left out"],
         "loss_table": "| method | law |\n| --- | ---: |\n| seed | 2.0000 |",
         "domain_table": "| domain | retention |\n| --- | ---: |\n| law | 0.950 |",
+        "accuracy_table": "| method | law |\n| --- | ---: |\n| seed | 0.250 |",
         "proxy_table": "",
         "router": "Linear in each layer's FFN input, with no context.",
         "recipe": "base_model: org/seed",

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mergekit_moe"
-GROUND = {"errors", "privacy_recipe", "recipe", "recipe_file", "router_recipe", "spec", "workspace"}
+GROUND = {"errors", "privacy_recipe", "recipe", "recipe_file", "router_recipe", "spec", "task_recipe", "workspace"}
 MATERIAL = {
     *("adapters", "architectures", "checkpoint", "data", "experts", "hub", "installed_text", "models"),
-    *("privacy", "training", "updates", "weights"),
+    *("privacy", "tasks", "training", "updates", "weights"),
 }
 STAGES = {"alignment", "cards", "evaluation", "export", "merging", "publication", "routing", "seed", "selection"}
 TOP = {

@@ -1,12 +1,13 @@
-"""The table: held-out loss of every method on every domain, and what the unified model keeps."""
+"""The table: held-out loss and accuracy of every method on every domain, and what the unified model keeps."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional as F
 
-from mergekit_moe.data import IGNORED, batches
+from mergekit_moe.data import batches
+from mergekit_moe.evaluation.judging import judge
+from mergekit_moe.evaluation.losses import row_losses
 from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
 from mergekit_moe.evaluation.scoring import Domain, tokenized
 from mergekit_moe.evaluation.tables import RESULTS
@@ -15,7 +16,6 @@ from mergekit_moe.recipe import Evaluation
 from mergekit_moe.workspace import write_json
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel
 
 SEED, SOUP, OURS, OWN = "seed", "soup", "unified", "own expert"
@@ -56,21 +56,6 @@ def evaluate_models(
 
 
 @torch.no_grad()
-def row_losses(model: "PreTrainedModel", rows: "Dataset", batch_size: int) -> tuple[list[float], list[int]]:
-    """Return each row's summed loss in nats, and its number of learnt tokens."""
-    model.eval()
-    sums: list[float] = []
-    counts: list[int] = []
-    for batch in batches(rows, batch_size, model.device):
-        logits = model(**scored_inputs(model, batch), use_cache=False).logits
-        labels = batch["labels"][:, 1:]
-        each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        sums += each.cpu().double().sum(1).tolist()
-        counts += (labels != IGNORED).sum(1).tolist()
-    return sums, counts
-
-
-@torch.no_grad()
 def routing_accuracy(model: "PreTrainedModel", domain: Domain, settings: Evaluation) -> dict[str, Any]:
     """Return the share of a domain's tokens that go to its own expert, by layer and over all."""
     metric = RoutingAccuracy()
@@ -89,6 +74,8 @@ def _losses(model: "PreTrainedModel", domains: list[Domain], settings: Evaluatio
     for domain in domains:
         sums, counts = row_losses(model, domain.rows, settings.batch_size)
         results[domain.name] = TokenLoss().compute(predictions=sums, references=counts)
+        if domain.questions is not None:
+            results[domain.name] |= judge(model, domain.questions, settings)
     return results
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from mergekit_moe.data import IGNORED, batches, tokenize
 from mergekit_moe.errors import DataError
+from mergekit_moe.evaluation.judging import Questions, judge
 from mergekit_moe.models import recorded_routers, routers_of, scored_inputs
+from mergekit_moe.task_recipe import Choices, Generation
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,10 +46,13 @@ class Domain(NamedTuple):
     """The expert's number in the unified model."""
     name: str
     rows: "Dataset"
+    task: Choices | Generation | None = None
+    questions: Questions | None = None
+    """What they are judged by beside the loss, once they are tokens."""
 
 
 def tokenized(domains: list[Domain], tokenizer: Any, settings: "Evaluation") -> list[Domain]:
-    """Return the domains with the rows that are judged, tokenised.
+    """Return the domains with the rows that are judged, tokenised, and their questions.
 
     Raises:
         DataError: if a domain has none, naming its expert.
@@ -61,7 +66,8 @@ def tokenized(domains: list[Domain], tokenizer: Any, settings: "Evaluation") -> 
                 f"expert '{domain.name}': no held-out row has a token to judge within evaluation.max_length "
                 f"{settings.max_length}; raise it"
             )
-        found.append(domain._replace(rows=rows))
+        questions = None if domain.task is None else Questions(first, domain.task, tokenizer)
+        found.append(domain._replace(rows=rows, questions=questions))
     return found
 
 
@@ -162,6 +168,9 @@ def measure(
     """
     device = models[0].device
     scores = {domain.name: score(predict, domain.rows, settings, device) for domain in domains}
+    for domain in domains:
+        if domain.questions is not None and len(models) == 1:  # a vote has no text of its own to write
+            scores[domain.name] |= judge(models[0], domain.questions, settings)
     tokens, seconds = (sum(one[key] for one in scores.values()) for key in ("tokens", "seconds"))
     found = {
         "domains": scores,

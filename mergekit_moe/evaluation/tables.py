@@ -28,6 +28,24 @@ def loss_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def accuracy_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows): each method's accuracy on each domain that has a task; no row where none has."""
+    columns = [
+        (domain, measure)
+        for domain, judged in results["methods"]["unified"].items()
+        for measure in ("accuracy", "accuracy_normalised")
+        if measure in judged
+    ]
+    header = ["method", *(domain + (" (by length)" if m.endswith("d") else "") for domain, m in columns)]
+    if not columns:
+        return header, []
+    rows = [
+        [_LABELS.get(method, f"expert {method}"), *(_share(judged[domain][measure]) for domain, measure in columns)]
+        for method, judged in results["methods"].items()
+    ]
+    return header, rows
+
+
 def domain_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return (header, rows): what the unified model keeps of each domain's expert, and where its tokens go."""
     header = ["domain", "retention", "routing acc.", "lowest layer", "ppl seed", "ppl expert", "ppl unified"]
@@ -63,11 +81,14 @@ def unified_metrics(results: dict[str, Any]) -> dict[str, dict[str, float]]:
             "loss": round(losses["loss"], 4),
             "perplexity": round(losses["perplexity"], 2),
             "routing_accuracy": round(routing, 3),
+            **{m: round(losses[m], 3) for m in ("accuracy", "accuracy_normalised") if m in losses},
         }
     return found
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table; numbers are right-aligned."""
+    """Return a Markdown table, nothing for no row; numbers are right-aligned."""
+    if not rows:
+        return ""
     lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -28,6 +28,7 @@ from .routing_metamoe import (
     ContextRouter,
     Routing,
     attended_tokens,
+    prompt_so_far,
     prompt_tokens,
     refuse_split_sequences,
     router_losses,
@@ -355,19 +356,21 @@ class MetaMoeForCausalLMMixin(MetaMoeHeadMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
-        # With a static cache the mask turns 4-D, which no longer tells padding: hand on the 2-D one.
-        token_mask = attention_mask
-        if token_mask is None or token_mask.ndim != 2:
-            return inputs
         length = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
-        # Of one shape and one layout at each step: a compiled step stays.
-        inputs["token_mask"] = token_mask[:, -length:].clone(memory_format=torch.contiguous_format)
+        masked = attention_mask is not None and attention_mask.ndim == 2
+        if masked:
+            # With a static cache the mask turns 4-D, which tells no padding: hand on the 2-D one, at each step of
+            # one shape and one layout, so that a compiled step stays.
+            inputs["token_mask"] = attention_mask[:, -length:].clone(memory_format=torch.contiguous_format)
+        elif inputs.get("attention_mask") is not None and attention_mask is None:
+            # generate() drops a mask that is all ones, and for a static cache it then makes a 4-D one all the same.
+            inputs["token_mask"] = input_ids.new_ones((input_ids.shape[0], length))
         if prompt_mask is not None:
-            # What was generated is no prompt, but where there was none: as in training.
-            completion = ~prompt_mask.bool().any(dim=1, keepdim=True)
-            total = token_mask.shape[1]
-            whole = torch.cat([prompt_mask.bool(), completion.expand(-1, max(total - prompt_mask.shape[1], 0))], dim=1)
-            inputs["prompt_mask"] = whole[:, :total][:, -length:].clone(memory_format=torch.contiguous_format)
+            cache = inputs.get("past_key_values")
+            past = 0 if masked or cache is None else int(cache.get_seq_length())
+            total = attention_mask.shape[1] if masked else past + length
+            seen = prompt_so_far(prompt_mask.bool(), total)[:, -length:]
+            inputs["prompt_mask"] = seen.clone(memory_format=torch.contiguous_format)
         return inputs
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -183,6 +183,15 @@ def prompt_tokens(labels: Tensor, routed: Tensor, sequence_start: Tensor | None)
     return prompt | (has_prompt.gather(1, start) == 0)
 
 
+def prompt_so_far(prompt_mask: Tensor, total: int) -> Tensor:
+    """Return (B, total) bool from that of the prompt, (B, P), for the tokens that there are by now.
+
+    What was generated is no prompt, but where there was none: as in training.
+    """
+    completion = ~prompt_mask.any(dim=1, keepdim=True)
+    return torch.cat([prompt_mask, completion.expand(-1, max(total - prompt_mask.shape[1], 0))], dim=1)[:, :total]
+
+
 def prefix_sums(values: Tensor, routing: Routing, past: PrefixSums | None = None) -> PrefixSums:
     """Sum `values` (B, T, N) and count tokens over each token's prefix, itself included.
 

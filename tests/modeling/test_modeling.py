@@ -208,6 +208,14 @@ def test_generation_with_the_cache_equals_without(family: str, settings: dict[st
     assert torch.equal(cached, moe.generate(ids, **common, **without, use_cache=False))
 
 
+def test_a_static_cache_needs_no_padding(family: str) -> None:
+    moe, ids = tiny_moe(family), tokens()
+    common = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(
+        moe.generate(ids, **common, cache_implementation="static"), moe.generate(ids, **common, use_cache=False)
+    )
+
+
 def test_prompt_lookup_decoding_equals_greedy(family: str) -> None:
     moe, ids = tiny_moe(family), tokens(1)
     plain = moe.generate(ids, max_new_tokens=12, do_sample=False)

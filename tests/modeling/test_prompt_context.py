@@ -109,6 +109,23 @@ def test_generation_with_the_cache_equals_without(family: str, settings: dict[st
     assert torch.equal(logits[:, 11:-1].argmax(-1), cached[:, 12:])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}, {"embeddings": True}],
+    ids=str,
+)
+def test_generation_keeps_the_prompt_s_context_without_padding_too(settings: dict[str, object]) -> None:
+    """generate() drops an attention mask that is all ones."""
+    moe, ids = tiny_moe("Llama", router_context="prompt"), tokens(3)
+    given = {"input_ids": ids, "prompt_mask": ids != BOS} | settings
+    if given.pop("embeddings", False):
+        given["inputs_embeds"] = moe.get_input_embeddings()(given.pop("input_ids"))
+    new = moe.generate(**given, max_new_tokens=12, do_sample=False)[:, -12:]
+    with torch.no_grad():
+        logits = moe(torch.cat([ids, new], 1), prompt_mask=prompts(9, 9, 9, total=21)).logits
+    assert torch.equal(logits[:, 8:-1].argmax(-1), new)
+
+
 def test_prompt_lookup_decoding_equals_greedy() -> None:
     moe, ids = tiny_moe("Llama", router_context="prompt"), tokens(1)
     plain = moe.generate(ids, max_new_tokens=12, do_sample=False)
