@@ -228,6 +228,7 @@ def _trained_parameters(sub: Job, model: Any) -> int:
 def _write_comparison(job: Job, jobs: list[Job]) -> dict[str, Any]:
     """Put all results that are there together, as JSON, as Markdown and as pictures."""
     from mergekit_moe.evaluation.comparison import assemble, write_tables
+    from mergekit_moe.evaluation.figures import write_figures
 
     found = {
         name: {
@@ -248,4 +249,5 @@ def _write_comparison(job: Job, jobs: list[Job]) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "comparison.json", comparison)
     write_tables(comparison, out)
+    write_figures(comparison, out)
     return comparison

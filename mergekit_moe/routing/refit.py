@@ -61,11 +61,11 @@ def plain_gates(model: "PreTrainedModel", proxies: "Dataset", shrinkage: float =
     else:
         weights = torch.stack([router.weight.detach().cpu() for router in routers])
         biases = torch.stack([router.bias.detach().cpu() for router in routers])
-    count = statistics.count.sum()
+    means = statistics.total / statistics.count[None, :, None]
     with torch.no_grad():
         for layer, router in enumerate(routers):
-            mean, second = statistics.total[layer].sum(0) / count, statistics.gram[layer] / count
-            router.weight.copy_(fold_bias(weights[layer], biases[layer], mean, second))
+            folded = fold_bias(weights[layer], biases[layer], means[layer].mean(0), statistics.second[layer])
+            router.weight.copy_(folded)
             router.bias.zero_()
             router.context_logit = None
             router.absolute = False

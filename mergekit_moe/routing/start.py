@@ -62,9 +62,9 @@ def gather_for(model: Any, proxies: "Dataset", settings: Router) -> RoutingStati
 
 
 def lda(statistics: RoutingStatistics, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """Shrunk linear discriminant analysis with equal priors.
+    """Shrunk linear discriminant analysis; experts weigh alike.
 
-    The pooled within-expert covariance S is (1 - s) S + s tr(S)/H I; row p is S^-1 (mu_p - mu), its bias
+    With S0 the mean of the experts' own covariances, S is (1 - s) S + s tr(S)/H I; row p is S^-1 (mu_p - mu), its bias
     -(mu_p - mu)' S^-1 (mu_p + mu) / 2 with mu the mean of the experts' means.
     """
     means, within = _means_and_within(statistics)
@@ -76,7 +76,7 @@ def lda(statistics: RoutingStatistics, shrinkage: float) -> tuple[Tensor, Tensor
 def ridge(statistics: RoutingStatistics, shrinkage: float) -> tuple[Tensor, Tensor]:
     """Ridge regression of one-hot experts on the feature, from X'X and X'Y alone, experts weighing alike.
 
-    X'X / n is the within-expert covariance pooled over tokens, as in `lda`, plus that of the experts' means; X'Y / n is
+    X'X / n is the mean of the experts' covariances, as in `lda`, plus the covariance of their means; X'Y / n is
     (mu_p - mu) / K. Both are centred, and the intercept is the bias. The penalty is lda's: (1 - s) X'X + s tr/H I.
     """
     means, within = _means_and_within(statistics)
@@ -89,10 +89,9 @@ def ridge(statistics: RoutingStatistics, shrinkage: float) -> tuple[Tensor, Tens
 
 
 def _means_and_within(statistics: RoutingStatistics) -> tuple[Tensor, Tensor]:
-    """Return the experts' means (L, K, H) and the covariance around them (L, H, H), pooled over tokens."""
+    """Return the experts' means (L, K, H) and the mean of the covariances around each (L, H, H)."""
     means = statistics.total / statistics.count[None, :, None]
-    explained = torch.einsum("k,lkh,lkg->lhg", statistics.count, means, means)
-    return means, (statistics.gram - explained) / statistics.count.sum()
+    return means, statistics.second - means.transpose(1, 2) @ means / means.shape[1]
 
 
 def _shrunk(covariance: Tensor, shrinkage: float) -> Tensor:

@@ -27,14 +27,15 @@ STATISTICS = "statistics.safetensors"
 
 @dataclass
 class RoutingStatistics:
-    """Exact running sums over routed tokens, float64; the sum of two passes is the pass over both."""
+    """Exact running sums over routed tokens, float64."""
 
     count: Tensor
     """(K,) tokens of each expert's proxies; the same in every layer."""
     total: Tensor
     """(L, K, H) sums of the router's feature."""
-    gram: Tensor
-    """(L, H, H) sums of its outer products, over all experts."""
+    second: Tensor
+    """(L, H, H) each expert's mean outer product of the feature, averaged over experts: they weigh alike, however
+    much text each has. By tokens instead, experts of short texts lose to those of long ones."""
 
 
 def router_feature(call: RouterCall, context_weight: float) -> Tensor:
@@ -55,19 +56,36 @@ def gather_statistics(
     Args:
         proxies: tokenised rows with a column `expert`, the number of the expert whose proxy it is.
     """
-    state = process_state()
     layers, (experts, size) = len(routers_of(model)), routers_of(model)[0].weight.shape
-    sums = RoutingStatistics(
-        count=torch.zeros(experts, dtype=torch.float64),
-        total=torch.zeros(layers, experts, size, dtype=torch.float64),
-        gram=torch.zeros(layers, size, size, dtype=torch.float64),
-    )
-    mine = range(state.process_index, len(proxies), state.num_processes)
+    count = torch.zeros(experts, dtype=torch.float64)
+    total = torch.zeros(layers, experts, size, dtype=torch.float64)
+    second = torch.zeros(layers, size, size, dtype=torch.float64)
+    owners = torch.tensor(proxies["expert"])
+    present = owners.unique().tolist()
+    for expert in present:
+        own = proxies.select((owners == expert).nonzero()[:, 0].tolist())
+        count[expert], total[:, expert], gram = _sums(model, own, context_weight, batch_size)
+        second += gram / (count[expert] * len(present))
+    return RoutingStatistics(count, total, second)
+
+
+def _sums(model: "PreTrainedModel", rows: "Dataset", context_weight: float, batch_size: int) -> list[Tensor]:
+    """Return one expert's count (), total (L, H) and sums of outer products (L, H, H), over all processes."""
+    state, size = process_state(), routers_of(model)[0].weight.shape[1]
+    count = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros(len(routers_of(model)), size, dtype=torch.float64)
+    gram = torch.zeros(len(total), size, size, dtype=torch.float64)
+    mine = range(state.process_index, len(rows), state.num_processes)
     with recorded_routers(model) as calls:
-        for batch in batches(proxies, batch_size, model.device, mine):
+        for batch in batches(rows, batch_size, model.device, mine):
             model(**scored_inputs(model, batch), forced_expert=batch["expert"], use_cache=False)
-            _add(sums, calls, batch["expert"], context_weight)
-    return RoutingStatistics(*add_over_processes(sums.count, sums.total, sums.gram))
+            routed = calls[0].routing.token_mask.expand(batch["input_ids"].shape)
+            count += int(routed.sum())
+            for layer, call in enumerate(calls):
+                features = router_feature(call, context_weight)[routed].cpu().double()
+                total[layer] += features.sum(0)
+                gram[layer] += features.T @ features
+    return add_over_processes(count, total, gram)
 
 
 def add_over_processes(*tensors: Tensor) -> list[Tensor]:
@@ -80,30 +98,19 @@ def add_over_processes(*tensors: Tensor) -> list[Tensor]:
     return [reduce(tensor.to(state.device), "sum").cpu() for tensor in tensors]
 
 
-def _add(sums: RoutingStatistics, calls: list[RouterCall], expert: Tensor, context_weight: float) -> None:
-    routed = calls[0].routing.token_mask
-    owner = expert[:, None].expand_as(routed)[routed].cpu()
-    sums.count += torch.bincount(owner, minlength=len(sums.count))
-    for layer, call in enumerate(calls):
-        features = router_feature(call, context_weight)[routed].cpu().double()
-        sums.total[layer].index_add_(0, owner, features)
-        sums.gram[layer] += features.T @ features
-
-
 def write_statistics(statistics: RoutingStatistics, expert: int, out: Path) -> None:
     """Write one expert's sums, of statistics over its proxies alone, to the folder `out`.
 
-    `count` () and `total` (L, H) are float64; `scatter` (L, H, H), the sum of outer products of what differs from the
-    expert's mean, is float32: at 32 layers of 4096 that is 2.1 GB an expert, and float64 would be 4.3. Around the mean
-    nothing cancels, so that what rounding takes is 1e-7 of the covariance that routers are fitted with.
+    `count` () and `total` (L, H) are float64; `covariance` (L, H, H) is float32: at 32 layers of 4096 that is 2.1 GB an
+    expert, and float64 would be 4.3. Around the mean nothing cancels, so that what rounding takes is 1e-7 of it.
     """
     from safetensors.torch import save_file
 
     if not is_main_process():
         return
     count, total_LH = statistics.count[expert], statistics.total[:, expert]
-    scatter = statistics.gram - total_LH[:, :, None] * (total_LH / count)[:, None, :]
-    kept = {"count": count.clone(), "total": total_LH.contiguous(), "scatter": scatter.float()}
+    covariance = statistics.second - _outer(total_LH / count)
+    kept = {"count": count.clone(), "total": total_LH.contiguous(), "covariance": covariance.float()}
     save_file(kept, out / STATISTICS)
 
 
@@ -112,12 +119,16 @@ def read_statistics(folders: list[Path]) -> RoutingStatistics:
     from safetensors.torch import load_file
 
     counts, totals = [], []
-    gram: Tensor | float = 0.0
+    second: Tensor | float = 0.0
     for folder in folders:
         kept = load_file(folder / STATISTICS)
         counts.append(kept["count"])
         totals.append(kept["total"])
-        explained = kept["total"][:, :, None] * (kept["total"] / kept["count"])[:, None, :]
-        gram = explained.add_(kept["scatter"]).add_(gram)
-    assert isinstance(gram, Tensor), "no expert"
-    return RoutingStatistics(torch.stack(counts), torch.stack(totals, dim=1), gram)
+        own = _outer(kept["total"] / kept["count"]).add_(kept["covariance"])
+        second = own.div_(len(folders)).add_(second)
+    assert isinstance(second, Tensor), "no expert"
+    return RoutingStatistics(torch.stack(counts), torch.stack(totals, dim=1), second)
+
+
+def _outer(mean_LH: Tensor) -> Tensor:
+    return mean_LH[:, :, None] * mean_LH[:, None, :]

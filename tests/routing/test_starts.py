@@ -30,14 +30,15 @@ def test_every_start_of_the_recipe_is_known_once() -> None:
 def test_ridge_is_the_regression_of_one_hot_experts(shrinkage: float) -> None:
     features, owner = samples(int(torch.randint(2**31, ())))
     weights, biases = start.ridge(statistics(features, owner), shrinkage)
-    centred = features - features.mean(0)
-    average = float(centred.square().mean())
-    # (1 - s) X'X + s t n I = (1 - s) (X'X + n t s / (1 - s) I): sklearn's penalty, and a factor on the rows.
-    penalty = len(features) * average * shrinkage / (1 - shrinkage)
-    reference = Ridge(alpha=penalty).fit(features, F.one_hot(owner).double())
+    alike = 1.0 / (K * torch.bincount(owner).double())[owner]
+    centre = alike @ features
+    average = float(alike @ (features - centre).square().mean(1))
+    # (1 - s) X'X + s t I = (1 - s) (X'X + t s / (1 - s) I): sklearn's penalty, and a factor on the rows.
+    penalty = average * shrinkage / (1 - shrinkage)
+    reference = Ridge(alpha=penalty).fit(features, F.one_hot(owner).double(), sample_weight=alike)
     expected = torch.from_numpy(reference.coef_) / (1 - shrinkage)
     torch.testing.assert_close(weights[0].double(), expected, atol=1e-5, rtol=1e-5)
-    intercept = 1 / K - expected @ features.mean(0)
+    intercept = 1 / K - expected @ centre
     torch.testing.assert_close(biases[0].double(), intercept, atol=1e-4, rtol=1e-4)
 
 

@@ -48,7 +48,7 @@ def test_an_experts_statistics_depend_on_no_other_expert(merged: dict[str, Path]
         one, other = (load_file(folders[name] / STATISTICS) for folders in (here, there))
         assert one["count"] == other["count"] > 0
         torch.testing.assert_close(one["total"], other["total"], atol=1e-4, rtol=1e-6)
-        torch.testing.assert_close(one["scatter"], other["scatter"], atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(one["covariance"], other["covariance"], atol=1e-4, rtol=1e-5)
     assert not torch.equal(load_file(here["b"] / STATISTICS)["total"], load_file(here["c"] / STATISTICS)["total"])
 
 
@@ -57,7 +57,7 @@ def test_what_is_kept_is_the_pass_over_all_proxies(merged: dict[str, Path], tmp_
     whole = start.gather_for(load_model(merged["abc"]), hold_out(ROWS)[0], SETTINGS)
     assert torch.equal(kept.count, whole.count)
     torch.testing.assert_close(kept.total, whole.total, atol=1e-4, rtol=1e-6)
-    torch.testing.assert_close(kept.gram, whole.gram, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(kept.second, whole.second, atol=1e-3, rtol=1e-5)
     for fit in (start.lda, start.ridge):
         for one, other in zip(fit(kept, 0.1), fit(whole, 0.1), strict=True):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
@@ -85,14 +85,14 @@ def test_what_is_kept_is_close_where_a_common_mean_is_a_thousand_times_the_sprea
     for expert in range(3):
         features = 1000.0 + torch.randn(50, 8, generator=generator).double() + expert
         total = features.sum(0)[None, None]
-        parts.append(RoutingStatistics(torch.tensor([50.0]).double(), total, (features.T @ features)[None]))
+        parts.append(RoutingStatistics(torch.tensor([50.0]).double(), total, (features.T @ features / 50.0)[None]))
         folders.append(tmp_path / str(expert))
         folders[-1].mkdir()
         write_statistics(parts[-1], 0, folders[-1])
     exact = RoutingStatistics(
         torch.cat([part.count for part in parts]),
         torch.cat([part.total for part in parts], dim=1),
-        torch.stack([part.gram for part in parts]).sum(0),
+        torch.stack([part.second for part in parts]).mean(0),
     )
     for fit in (start.lda, start.ridge):
         for one, other in zip(fit(read_statistics(folders), 0.0), fit(exact, 0.0), strict=True):

@@ -1,0 +1,125 @@
+"""`metamoe compare` from end to end on made-up text, and what it refuses."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from test_pipeline import metamoe, tiny_recipe, write_jsonl
+
+from mergekit_moe.methods import METHODS
+
+EXPERTS = ("cooking", "sailing", "algebra")
+RUN = ("seed", *(f"expert-{name}" for name in EXPERTS), "soup", "btm", "ours", "unrestricted")
+ABLATIONS = {
+    "top-k": {"selection": {"method": "top-k"}},
+    "no-alignment": {"alignment": {"proxies": False}},
+    "prompt": {"router": {"context": "prompt"}, "experts": {"algebra": {"client": {"test": {}}}}},
+}
+
+
+def recipe_with(folder: Path, **comparison: object) -> Path:
+    path = tiny_recipe(folder)
+    recipe = yaml.safe_load(path.read_text())
+    write_jsonl(folder / "nobody.jsonl", [{"id": str(i), "text": f"nobody knows {i} of this"} for i in range(12)])
+    strangers = {"nobody": {"dataset": "nobody.jsonl", "text": "{text}"}}
+    recipe["comparison"] = {"seeds": [0, 1], "strangers": strangers} | comparison
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("compared")
+    ABLATIONS["prompt"]["experts"] = {
+        "algebra": {"client": {"test": {"dataset": "algebra.jsonl", "prompt": "a", "completion": "{text}"}}}
+    }
+    recipe = recipe_with(folder, ablations=ABLATIONS)
+    only = ",".join([*RUN, *(f"ablation-{name}" for name in ABLATIONS)])
+    return folder, metamoe("compare", recipe, "--workspace", folder / "ws", "--only", only)
+
+
+def comparison_of(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "ws/comparison/comparison.json").read_text())
+
+
+def test_all_methods_on_all_domains_over_the_seeds(compared: tuple[Path, object]) -> None:
+    found = comparison_of(compared[0])
+    assert found["seeds"] == [0, 1] and found["domains"] == list(EXPERTS)
+    assert set(found["methods"]) == {*RUN, "oracle", *(f"ablation-{name}" for name in ABLATIONS)}
+    for name, method in found["methods"].items():
+        assert set(method["seeds"]) == {"0", "1"}, name
+        for result in method["seeds"].values():
+            assert set(result["domains"]) == set(EXPERTS)
+    for seed in "01":
+        own = found["methods"]["oracle"]["seeds"][seed]
+        assert own["retention"]["by_domain"] == dict.fromkeys(EXPERTS, pytest.approx(1.0))
+        ours = found["methods"]["ours"]["seeds"][seed]
+        assert set(ours["routing"]) == set(EXPERTS) and set(ours["strangers"]) == {"nobody"}
+        assert ours["trainable_parameters"] == 2 * (3 * 32 + 3 + 1)
+        assert ours["seconds"].keys() == {"merge", "router"}
+
+
+def test_each_random_seed_is_another_run_from_the_same_seed_model(compared: tuple[Path, object]) -> None:
+    methods = comparison_of(compared[0])["methods"]
+    first, second = (methods["seed"]["seeds"][s]["domains"] for s in "01")
+    assert {d: one["loss"] for d, one in first.items()} == {d: one["loss"] for d, one in second.items()}
+    first, second = (methods["expert-algebra"]["seeds"][s]["domains"]["algebra"]["loss"] for s in "01")
+    assert first != second
+
+
+def test_only_an_ablation_of_alignment_trains_experts_anew(compared: tuple[Path, object]) -> None:
+    variants = compared[0] / "ws/seeds/0/variants"
+    assert (variants / "no-alignment/experts/algebra").is_dir()
+    assert (variants / "top-k/proxies/algebra").is_dir()
+    assert not (variants / "top-k/aligned").exists()
+
+
+def test_other_held_out_rows_bring_their_own_references(compared: tuple[Path, object]) -> None:
+    prompt = comparison_of(compared[0])["methods"]["ablation-prompt"]["seeds"]["0"]
+    assert set(prompt["references"]) == {"seed", *(f"expert-{name}" for name in EXPERTS)}
+    whole = comparison_of(compared[0])["methods"]["seed"]["seeds"]["0"]["domains"]
+    assert prompt["references"]["seed"]["algebra"]["loss"] != whole["algebra"]["loss"]
+    assert prompt["references"]["seed"]["cooking"]["loss"] == whole["cooking"]["loss"]
+
+
+def test_tables_and_pictures_lie_beside_it_and_no_model_is_left(compared: tuple[Path, object]) -> None:
+    out = compared[0] / "ws/comparison"
+    assert "| **ours** |" in (out / "comparison.md").read_text()
+    assert len(list(out.glob("*.png"))) == 3
+    assert not list((compared[0] / "ws/seeds/0/methods").rglob("*.safetensors"))
+
+
+def test_what_ran_is_not_run_again(compared: tuple[Path, object]) -> None:
+    folder = compared[0]
+    again = metamoe("compare", folder / "tiny.yaml", "--workspace", folder / "ws", "--only", "ours,soup")
+    assert "building" not in again.stdout
+    assert set(comparison_of(folder)["methods"]) >= {"btm", "ours"}
+
+
+@pytest.mark.parametrize(
+    ("comparison", "arguments", "sentence"),
+    [
+        ({}, ["--only", "magic"], "there is no method 'magic' to compare; there are seed, expert-cooking"),
+        ({}, ["--seeds", "one"], "--seeds: 'one' is no number"),
+        (
+            {"ablations": {"x": {"rooter": {}}}},
+            [],
+            "comparison.ablations.x: unknown key 'rooter'; did you mean 'router'?",
+        ),
+        ({"ablations": {"x": {"experts": {"law": {}}}}}, [], "comparison.ablations.x.experts: there is no expert 'law'"),
+    ],
+)
+def test_bad_comparisons_are_refused_before_any_work(
+    comparison: dict[str, object], arguments: list[str], sentence: str, tmp_path: Path
+) -> None:
+    recipe = recipe_with(tmp_path, **comparison)
+    done = metamoe("compare", recipe, "--workspace", tmp_path / "ws", *arguments, check=False)
+    assert done.returncode == 2 and sentence in " ".join(done.stderr.split())
+    assert not (tmp_path / "ws").exists()
+
+
+def test_every_method_says_what_it_is() -> None:
+    assert {method.group for method in METHODS.values()} == {"reference", "baseline", "ours", "ceiling"}
+    assert [name for name, method in METHODS.items() if method.private] == ["unrestricted"]
