@@ -8,9 +8,9 @@ import yaml
 
 from mergekit_moe.errors import RecipeError
 from mergekit_moe.recipe import Seed
-from mergekit_moe.recipe_file import load_recipe
+from mergekit_moe.recipe_file import change_recipe, load_recipe
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 CLIENT = {"private": {"dataset": "a.jsonl", "text": "{text}"}}
 GOOD: dict[str, Any] = {
     "base_model": "org/seed",
@@ -27,7 +27,10 @@ def load(tmp_path: Path, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_shipped_recipe_parses(path: Path) -> None:
-    assert len(load_recipe(path).experts) >= 2
+    recipe = load_recipe(path)
+    assert len(recipe.experts) >= 2
+    for name, changes in recipe.comparison.ablations.items():
+        assert change_recipe(recipe, changes, name) != recipe
 
 
 def test_the_first_three_keys_make_a_recipe(tmp_path: Path) -> None:

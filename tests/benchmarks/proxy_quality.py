@@ -13,7 +13,7 @@ and 500 others that judge the choice:
 - probe: a logistic regression learns from the proxies alone which client a text belongs to, and is asked about the
   judging texts of the pool's three clients: what a router has to do.
 
-`--unified RUN`, the workspace of recipes/three-domains.yaml, adds relevance by expert gain for the text clients.
+`--unified RUN`, the workspace of recipes/benchmarks/lm.yaml, adds relevance by expert gain for the text clients.
 Not part of the test suite.
 """
 
