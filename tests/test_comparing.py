@@ -108,7 +108,7 @@ def test_what_ran_is_not_run_again(compared: tuple[Path, object]) -> None:
             [],
             "comparison.ablations.x: unknown key 'rooter'; did you mean 'router'?",
         ),
-        ({"ablations": {"x": {"experts": {"law": {}}}}}, [], "comparison.ablations.x.experts: there is no expert 'law'"),
+        ({"ablations": {"x": {"experts": {"law": {}}}}}, [], "ablations.x.experts: there is no expert 'law'"),
     ],
 )
 def test_bad_comparisons_are_refused_before_any_work(
