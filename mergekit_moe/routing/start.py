@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mergekit_moe.errors import DataError
 from mergekit_moe.models import load_model
 from mergekit_moe.router_recipe import Router
 from mergekit_moe.routing import seed_rows
@@ -69,7 +70,7 @@ def lda(statistics: RoutingStatistics, shrinkage: float) -> tuple[Tensor, Tensor
     """
     means, within = _means_and_within(statistics)
     centre = means.mean(dim=1, keepdim=True)
-    weights = torch.linalg.solve(_shrunk(within, shrinkage), (means - centre).transpose(1, 2)).transpose(1, 2)
+    weights = _solved(_shrunk(within, shrinkage), (means - centre).transpose(1, 2)).transpose(1, 2)
     return _with_bias(weights, means, centre)
 
 
@@ -83,7 +84,7 @@ def ridge(statistics: RoutingStatistics, shrinkage: float) -> tuple[Tensor, Tens
     experts, centre = means.shape[1], means.mean(dim=1, keepdim=True)
     apart = means - centre
     scatter = _shrunk(within + apart.transpose(1, 2) @ apart / experts, shrinkage)
-    weights = torch.linalg.solve(scatter, apart.transpose(1, 2) / experts).transpose(1, 2)
+    weights = _solved(scatter, apart.transpose(1, 2) / experts).transpose(1, 2)
     biases = 1.0 / experts - (weights * centre).sum(-1)
     return weights.float(), biases.float()
 
@@ -98,6 +99,21 @@ def _shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
     size = covariance.shape[-1]
     average = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
     return (1.0 - shrinkage) * covariance + (shrinkage * average + 1e-12)[:, None, None] * torch.eye(size).double()
+
+
+def _solved(covariance: Tensor, right: Tensor) -> Tensor:
+    """Return covariance^-1 right, by Cholesky: a covariance is symmetric and positive, or has no inverse.
+
+    Raises:
+        DataError: if it has none.
+    """
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed.any():
+        raise DataError(
+            "the covariance of what routers see on the proxies has no inverse: there are fewer tokens than hidden "
+            "dimensions; raise router.shrinkage above 0, or give more proxies"
+        )
+    return torch.cholesky_solve(right, factor)
 
 
 def centroid(counts_K: Tensor, sums_LKH: Tensor, noise_LK: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from conftest import tiny_moe, tokens
 from datasets import Dataset
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
+from mergekit_moe.errors import DataError
 from mergekit_moe.models import recorded_routers, routers_of
 from mergekit_moe.routing import start
 from mergekit_moe.routing.statistics import RoutingStatistics, gather_statistics, router_feature
@@ -37,6 +38,17 @@ def test_lda_decides_as_scikit_learn_does() -> None:
     reference = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / K] * K).fit(features, owner)
     expected = torch.from_numpy(reference.decision_function(features))
     torch.testing.assert_close(logits.softmax(-1), expected.softmax(-1), atol=1e-3, rtol=0)
+
+
+def test_a_covariance_without_inverse_is_refused() -> None:
+    features, owner = samples(3)
+    features[:, 1] = features[:, 0]
+    flat = statistics(features - 5.0, owner)
+    flat.second[:, :, 1], flat.second[:, 1] = flat.second[:, :, 0].clone(), flat.second[:, 0].clone()
+    flat.second -= 1e-9 * torch.eye(H).double()
+    with pytest.raises(DataError, match=r"has no inverse.*raise router.shrinkage"):
+        start.lda(flat, 0.0)
+    assert all(tensor.isfinite().all() for tensor in start.lda(flat, 0.1))
 
 
 def test_centroid_is_the_nearest_mean_whatever_the_norms() -> None:
