@@ -28,6 +28,8 @@ def align_expert(
     out: Path,
     privacy: Privacy | None = None,
     private_rows: int = 0,
+    names: list[str] | None = None,
+    temperature: float = 1.0,
 ) -> None:
     """Write a PEFT adapter to the folder `out`, with the training log and what was spent of privacy, if anything.
 
@@ -37,6 +39,9 @@ def align_expert(
         name: the expert's name, for errors.
         privacy: with an `expert`, training is differentially private in each row.
         private_rows: how many of the rows are private; read for `privacy` alone.
+        names: a text encoder's labels. Proxies have none: so that the expert learns the text it is routed by, it learns
+            to say of them what the seed says (ours: the paper's public images have labels of their own).
+        temperature: of the encoder's logits.
 
     Raises:
         DataError: if no row has anything to learn.
@@ -45,26 +50,31 @@ def align_expert(
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
-    from mergekit_moe.models import adapter_silent_on, load_model, load_tokenizer
+    from mergekit_moe.models import adapter_silent_on, add_teacher, as_used, load_labels, load_network, load_tokenizer
 
     tokenizer = load_tokenizer(base)
-    tokens = tokenize(rows, tokenizer, settings.max_length)
+    tokens = tokenize(rows, tokenizer, settings.max_length, names or [])
     if len(tokens) == 0:
         raise DataError(
             f"expert '{name}': no row has a token to learn within alignment.max_length {settings.max_length}"
         )
     architecture = architecture_of(read_config(base, "config.json", "base_model"), "base_model")
     set_seed(seed)
-    model = get_peft_model(
-        load_model(base),
+    labels = load_labels(base, names or [], temperature)
+    network = load_network(base)
+    tokens = add_teacher(as_used(network, base), tokens)
+    adapted = get_peft_model(
+        network,
         LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type="FEATURE_EXTRACTION" if architecture.encoder else "CAUSAL_LM",
             r=settings.rank,
             lora_alpha=settings.alpha,
             lora_dropout=settings.dropout,
             target_modules=list(architecture.projections),
+            exclude_modules=list(architecture.namesakes) or None,
         ),
     )
+    model = as_used(adapted, base, labels)
     counts = {"rows": len(rows), "private_rows": private_rows}
     plan = _plan(model, settings, privacy, counts, name) if privacy is not None and privacy.expert is not None else None
     with adapter_silent_on(model, domain_free_tokens(tokenizer, settings)):
@@ -75,13 +85,13 @@ def align_expert(
 
             log = train_privately(model, tokens, settings, plan, name=name)
     if is_main_process():
-        model.save_pretrained(out)
+        adapted.save_pretrained(out)
         for extra in set(out.iterdir()) - {out / ADAPTER, out / ADAPTER_CONFIG}:
             extra.unlink()  # peft's own card; the expert's is written when it is published
         config = read_config(out, ADAPTER_CONFIG, f"expert '{name}'")
         # The same training must give the same bytes: PEFT writes a set in any order, and the base's folder.
-        plain = {"target_modules": sorted(config["target_modules"]), "base_model_name_or_path": None}
-        write_json(out / ADAPTER_CONFIG, {**config, **plain})
+        lists = {key: sorted(config[key]) for key in ("target_modules", "exclude_modules") if config[key]}
+        write_json(out / ADAPTER_CONFIG, {**config, **lists, "base_model_name_or_path": None})
         write_json(out / "training_log.json", log)
         if plan is not None:
             write_json(out / MECHANISM, plan._asdict())

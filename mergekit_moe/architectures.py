@@ -20,6 +20,15 @@ class Architecture(NamedTuple):
     """The head is the embedding, where config.json doesn't say; the library leaves out what is the default."""
     ffn: str = "model.layers.{layer}.mlp"
     """Path of a layer's FFN in the checkpoint; `{layer}` is its number."""
+    encoder: bool = False
+    """It reads a whole text at once and writes none: used without a head, for what its text embeddings say."""
+    namesakes: tuple[str, ...] = ()
+    """Modules outside the FFN whose names end as a projection's does, which an adapter has to leave out."""
+
+    @property
+    def head(self) -> str:
+        """What the native class is called after its prefix."""
+        return "Model" if self.encoder else "ForCausalLM"
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -36,7 +45,20 @@ def _gated(class_prefix: str, *, tied: bool = False) -> Architecture:
     return Architecture(class_prefix, ("gate_proj", "up_proj"), "down_proj", tied=tied)
 
 
+def _post_norm(class_prefix: str) -> Architecture:
+    """Encoders of the BERT kind, saved without a head as sentence-transformers does."""
+    return Architecture(
+        class_prefix,
+        ("intermediate.dense",),
+        "output.dense",
+        ffn="encoder.layer.{layer}",
+        encoder=True,
+        namesakes=("attention.output.dense",),
+    )
+
+
 ARCHITECTURES = {
+    "bert": _post_norm("Bert"),
     "gemma": _gated("Gemma", tied=True),
     "gemma2": _gated("Gemma2", tied=True),
     "gemma3_text": _gated("Gemma3Text", tied=True),
@@ -49,6 +71,7 @@ ARCHITECTURES = {
     "phi3": Architecture("Phi3", ("gate_up_proj",), "down_proj", fused=True),
     "qwen2": _gated("Qwen2"),
     "qwen3": _gated("Qwen3"),
+    "roberta": _post_norm("Roberta"),
     "smollm3": _gated("SmolLM3", tied=True),
     "starcoder2": Architecture("Starcoder2", ("c_fc",), "c_proj", tied=True),
 }
@@ -69,6 +92,12 @@ def architecture_of(config: dict[str, Any], what: str) -> Architecture:
             "(a family is added in mergekit_moe/architectures.py)"
         )
     return ARCHITECTURES[model_type]
+
+
+def is_encoder(config: dict[str, Any]) -> bool:
+    """Whether a config.json, of a base model or of one that was unified, is a text encoder's."""
+    architecture = ARCHITECTURES.get(str(config.get("model_type")).removeprefix("metamoe_"))
+    return architecture is not None and architecture.encoder
 
 
 EXPORTS = {

@@ -105,8 +105,9 @@ def _plant(job: Job, client: ExpertSource, scratch: Path) -> tuple[Job, "Dataset
     assert private is not None
     count = max(_FEWEST, min(_MOST_CANARIES, len(private) // 5))
     words = " ".join(data.Texts(job.pool)[: 10 * _MOST_TEXTS]).split()
+    names = _label_names(private) or [""]
     made = [
-        {"id": f"canary-{i}", "prompt": "", "completion": text, "tag": ""}
+        {"id": f"canary-{i}", "prompt": "", "completion": text, "tag": "", "label": names[i % len(names)]}
         for i, text in enumerate(canaries(words, 2 * count, job.recipe.seed))
     ]
     rows = private.from_list(made, features=private.features)
@@ -126,21 +127,26 @@ def _plant(job: Job, client: ExpertSource, scratch: Path) -> tuple[Job, "Dataset
     return planted, members, others
 
 
+def _label_names(rows: "Dataset") -> list[str]:
+    return sorted(set(rows["label"]) - {""})
+
+
 def _attack(
     job: Job, client: ExpertSource, published: Path, members: "Dataset", others: "Dataset", kind: str
 ) -> list[dict[str, Any]]:
     """Return both tests' results for texts of a kind."""
     import torch
 
-    from mergekit_moe.models import load_expert, load_model, load_tokenizer, read_statistics
+    from mergekit_moe.models import load_expert, load_labels, load_model, load_tokenizer, read_statistics
     from mergekit_moe.privacy.statistics import text_vectors
 
-    base, tokenizer = load_model(job.base.folder).eval(), load_tokenizer(job.base.folder)
+    names, tokenizer = _label_names(job.private_rows(client)), load_tokenizer(job.base.folder)
+    labels = load_labels(job.base.folder, names, job.recipe.matching.temperature)
+    base, expert = load_model(job.base.folder, labels).eval(), load_expert(job.base.folder, published, labels).eval()
     settings = job.recipe.alignment
-    expert = load_expert(job.base.folder, published).eval()
     losses = []
     for rows in (members, others):
-        tokens = data.tokenize(rows, tokenizer, settings.max_length)
+        tokens = data.tokenize(rows, tokenizer, settings.max_length, names)
         losses.append((_losses(base, tokens) - _losses(expert, tokens)).tolist())
     silent = read_json(published / "expert.json")["domain_free_token_ids"]
 

@@ -7,9 +7,10 @@ from mergekit_moe import cards, data
 from mergekit_moe.adapters import ADAPTER_CONFIG
 from mergekit_moe.checkpoint import REPORT, read_config
 from mergekit_moe.experts import Expert
+from mergekit_moe.hub import PACKAGE
 from mergekit_moe.job import POOL, Job
 from mergekit_moe.privacy.ledger import LEDGER, guarantee_in_words
-from mergekit_moe.recipe import ExpertSource, Recipe, Seed
+from mergekit_moe.recipe import ExpertSource, Recipe, Router, Seed
 from mergekit_moe.workspace import is_main_process, read_json
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ _CARD = "README.md"
 _CONTEXTS = {
     "prefix": "the running mean of its prefix",
     "prompt": "the mean of the prompt, which stays as it is for the completion",
+    "mean": "the mean over the whole text",
     "none": "no context",
 }
 _STARTS = {
@@ -60,11 +62,13 @@ def write_expert_card(
         relation="adapter",
         datasets=_pools_on_hub(job),
         tags=["lora", "mergekit_moe", "moe-expert"],
+        task=_task(job),
     )
     card = cards.render(
         "expert.md.j2",
         metadata=metadata,
         name=client.name,
+        encoder=job.encodes,
         base_model=job.base.public_name,
         base_revision=job.base.revision,
         license=about["license"],
@@ -113,7 +117,7 @@ def write_model_card(job: Job, out: Path) -> None:
     experts = job.experts()
     license = cards.require_license(job.recipe.card.license, job.licenses())
     metadata = cards.model_metadata(
-        library="transformers",
+        library="sentence-transformers" if job.encodes else "transformers",
         license=license,
         base_models=_on_hub([job.base, *experts]),
         relation="merge",
@@ -122,12 +126,14 @@ def write_model_card(job: Job, out: Path) -> None:
         language=job.recipe.card.language,
         name=job.name,
         losses=tables.unified_metrics(results) if results else {},
+        task=_task(job),
     )
     kept = {entry["name"]: entry["kept"] for entry in report["experts"]}
     card = cards.render(
         "model.md.j2",
         metadata=metadata,
         name=job.name,
+        encoder=job.encodes,
         base_model=job.base.public_name,
         base_revision=job.base.revision,
         base_license=job.base_license,
@@ -147,16 +153,17 @@ def write_model_card(job: Job, out: Path) -> None:
         ],
         pool=_pools(job),
         top_k=job.recipe.merge.top_k,
-        context=job.recipe.router.context,
+        context=job.router.context,
         silent_tokens=read_config(model, "config.json", "model")["router_excluded_token_ids"],
         anchor=job.recipe.merge.anchor,
         router_fitted=fitted is not None,
         other_weights=describe_other_weights(job.recipe, report),
+        temperature=job.recipe.matching.temperature,
         loss_table=tables.markdown(*tables.loss_rows(results)) if results else "",
         accuracy_table=tables.markdown(*tables.accuracy_rows(results)) if results else "",
         domain_table=tables.markdown(*tables.domain_rows(results)) if results else "",
         proxy_table=tables.markdown(*tables.proxy_rows(results["proxies"])) if results and results["proxies"] else "",
-        router=describe_router(job.recipe, fitted),
+        router=describe_router(job.router, fitted),
         recipe=cards.public_recipe(job.recipe),
     )
     (out / _CARD).write_text(card, encoding="utf-8")
@@ -174,9 +181,8 @@ def place_card(job: Job) -> None:
         partial.replace(target)
 
 
-def describe_router(recipe: Recipe, fitted: dict[str, Any] | None) -> str:
+def describe_router(router: Router, fitted: dict[str, Any] | None) -> str:
     """Return in words how tokens find their expert, and what the fit on proxies reached."""
-    router = recipe.router
     linear = f"Linear in each layer's FFN input, with {_CONTEXTS[router.context]}"
     if fitted is None:
         return f"{linear}; it {_STARTS[router.start]}. No proxies were used."
@@ -227,9 +233,14 @@ def _guarantee_of(expert: Expert) -> str:
     return guarantee_in_words(total) if isinstance(total, dict) and "guarantee" in total else "not stated"
 
 
+def _task(job: Job) -> str:
+    """Return the Hub's word for what the model is for."""
+    return "sentence-similarity" if job.encodes else "text-generation"
+
+
 def _on_hub(models: list[Any]) -> list[str]:
     """Return the Hub ids among sources; a folder's name means nothing to a reader of the card's metadata."""
-    return [model.source for model in models if model.revision is not None]
+    return [model.source for model in models if model.revision is not None and not model.source.startswith(PACKAGE)]
 
 
 def _pools(job: Job) -> list[str]:

@@ -59,6 +59,7 @@ def model_metadata(
     language: list[str] | None = None,
     name: str | None = None,
     losses: dict[str, dict[str, float]] | None = None,
+    task: str = "text-generation",
 ) -> str:
     """Return a model card's metadata, as the Hub reads it, in YAML.
 
@@ -66,11 +67,12 @@ def model_metadata(
         base_models: Hub ids; with none there is no relation either.
         relation: the Hub's word for what the model is of its base: adapter, finetune or merge.
         losses: domain -> metric's name -> value, for the model index; needs `name`.
+        task: the Hub's word for what the model is for.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
-        EvalResult("text-generation", dataset_type=domain, dataset_name=domain, metric_type=metric, metric_value=value)
+        EvalResult(task, dataset_type=domain, dataset_name=domain, metric_type=metric, metric_value=value)
         for domain, values in (losses or {}).items()
         for metric, value in values.items()
     ]
@@ -78,7 +80,7 @@ def model_metadata(
     return ModelCardData(
         library_name=library,
         license=license,
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         datasets=datasets or None,
         language=language or None,
         tags=tags,

@@ -15,7 +15,21 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REPORT = "merge.json"
 """In a merged model: what it was made from, and what became of it."""
-_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja", "generation_config.json")
+_COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja", "generation_config.json"),
+    # How sentence-transformers makes one vector of a text.
+    *("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json"),
+)
+_MODULES = "modules.json"
+_POOLINGS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+"""A flag of older 1_Pooling/config.json -> the `pooling_mode` that newer ones name."""
 _UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MAX_HEADER_BYTES = 100_000_000
 _BITS = {
@@ -163,12 +177,40 @@ def stamp(folder: Path, what: str) -> str:
 def identity(folder: Path, weights: str) -> str:
     """Return one digest over all that makes a base model: its weights' fingerprint, configuration, tokenizer."""
     files = [folder / "config.json", *companions(folder)]
-    return digest([weights, [[f.name, file_sha256(f)] for f in files if f.is_file()]])
+    return digest([weights, [[str(f.relative_to(folder)), file_sha256(f)] for f in files if f.is_file()]])
 
 
 def companions(folder: Path) -> list[Path]:
-    """Return a model's tokenizer and generation files, which a merge passes through byte for byte."""
+    """Return a model's tokenizer, generation and pooling files, which a merge passes through byte for byte."""
     return sorted({file for pattern in _COMPANIONS for file in folder.glob(pattern)})
+
+
+def pooling_of(folder: Path, what: str) -> str:
+    """Return how a text encoder's token states become one vector: `mean`, also where nothing says, or `cls`.
+
+    Raises:
+        ExpertError: if sentence-transformers would do anything else with them.
+    """
+    if not (folder / _MODULES).is_file():
+        return "mean"
+    try:
+        modules = json.loads((folder / _MODULES).read_text(encoding="utf-8"))
+        kinds = {module["type"].rpartition(".")[2]: folder / module["path"] for module in modules}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ExpertError(f"{what}: {folder / _MODULES} is not what sentence-transformers writes") from None
+    if others := sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"}):
+        raise ExpertError(
+            f"{what}: {_MODULES} has a {others[0]} module; allowed are Transformer, Pooling and Normalize"
+        )
+    if "Pooling" not in kinds:
+        raise ExpertError(f"{what}: {_MODULES} has no Pooling module, so that a text has no one vector")
+    config = read_config(kinds["Pooling"], "config.json", what)
+    modes = [mode for key, mode in _POOLINGS.items() if config.get(key)] or [str(config.get("pooling_mode"))]
+    if modes not in (["mean"], ["cls"]):
+        raise ExpertError(
+            f"{what}: {kinds['Pooling'].name}/config.json pools by {', '.join(modes)}; allowed are mean and cls"
+        )
+    return modes[0]
 
 
 def license_of(folder: Path) -> str:

@@ -22,6 +22,7 @@ from mergekit_moe.workspace import Workspace, read_json, write_json
 
 if TYPE_CHECKING:
     from mergekit_moe.evaluation.scoring import Domain, Predict
+    from mergekit_moe.matching import Labels
 
 COMPARISON = "comparison"
 RESULT = "result.json"
@@ -101,7 +102,7 @@ def _measure_method(job: Job, name: str, method: Method) -> None:
     picked = {source.name: _picked(experts, variant, source) for source in job.recipe.experts}
     inputs = {
         "method": [changes, method.private and job.recipe.comparison.ceiling_rows],
-        "recipe": {key: getattr(changed, key).model_dump(mode="json") for key in ("merge", "router", "evaluation")},
+        "recipe": {key: getattr(changed, key).model_dump(mode="json") for key in _judging(changed)},
         "base": job.base_identity,
         "experts": experts.expert_identities(),
         "proxies": list(picked.values()),
@@ -111,6 +112,11 @@ def _measure_method(job: Job, name: str, method: Method) -> None:
     }
     make = functools.partial(_measure, experts, judged, name, method, picked)
     job.workspace.build(f"methods/{name}", inputs, make)
+
+
+def _judging(recipe: Recipe) -> tuple[str, ...]:
+    """Return the parts of a recipe that change what a method is found to be worth."""
+    return ("merge", "router", "evaluation", *(["matching"] if recipe.matches_labels else []))
 
 
 def _variant(job: Job, name: str, changes: dict[str, Any]) -> Job:
@@ -136,23 +142,24 @@ def _picked(experts: Job, selecting: Job, source: ExpertSource) -> list[int]:
 def _measure(experts: Job, judged: Job, name: str, method: Method, picked: dict[str, list[int]], out: Path) -> None:
     """Write what a method makes of each domain to the folder `out`."""
     from mergekit_moe.evaluation.scoring import Predict, by_model, measure, tokenized
-    from mergekit_moe.models import load_model, load_tokenizer
+    from mergekit_moe.models import load_labels, load_model, load_tokenizer
 
     settings, tokenizer = judged.recipe.evaluation, load_tokenizer(judged.base.folder)
-    domains = tokenized(_domains(judged), tokenizer, settings)
+    domains = tokenized(_domains(judged), tokenizer, settings, judged.label_names)
+    labels = load_labels(judged.base.folder, judged.label_names, judged.recipe.matching.temperature)
     strangers = tokenized(_strangers(judged), tokenizer, settings)
     if method.changes is None:
-        predict, models = _unmerged(experts, name)
+        predict, models = _unmerged(experts, name, labels)
         result = measure(predict, models, domains, strangers, settings)
     else:
         sub, seconds = _unify(experts, judged.recipe, method, picked, out / "work")
-        model = load_model(sub.workspace.folder(sub.model))
+        model = load_model(sub.workspace.folder(sub.model), labels)
         result = measure(by_model(model), [model], domains, strangers, settings)
         result |= {"seconds": seconds, "trainable_parameters": _trained_parameters(sub, model)}
         shutil.rmtree(out / "work")
     if "experts" in (method.changes or {}):  # judged by other rows than the rest: it brings what to hold it against
         known: dict[str, tuple[Predict, list[Any]]] = {
-            key: _unmerged(experts, key) for key in ("seed", *(f"expert-{domain.name}" for domain in domains))
+            key: _unmerged(experts, key, labels) for key in ("seed", *(f"expert-{domain.name}" for domain in domains))
         }
         result["references"] = {key: measure(*made, domains, [], settings)["domains"] for key, made in known.items()}
     write_json(out / RESULT, result)
@@ -175,16 +182,17 @@ def _strangers(job: Job) -> "list[Domain]":
     ]
 
 
-def _unmerged(job: Job, name: str) -> "tuple[Predict, list[Any]]":
+def _unmerged(job: Job, name: str, labels: "Labels | None") -> "tuple[Predict, list[Any]]":
     """Return how a method predicts that merges nothing, and its models."""
     from mergekit_moe.evaluation.scoring import by_model, by_posterior, by_vote
     from mergekit_moe.models import load_expert, load_model
 
     if name == "seed":
-        model = load_model(job.base.folder)
+        model = load_model(job.base.folder, labels)
         return by_model(model), [model]
     own = name.removeprefix("expert-")
-    models = [load_expert(job.base.folder, expert.folder) for expert in job.experts() if own in (expert.name, *_VOTES)]
+    chosen = [expert.folder for expert in job.experts() if own in (expert.name, *_VOTES)]
+    models = [load_expert(job.base.folder, folder, labels) for folder in chosen]
     votes = {"btm": by_vote, "btm-posterior": by_posterior}
     return (votes[name](models) if name in votes else by_model(models[0])), models
 

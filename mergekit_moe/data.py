@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _PIECE = " [piece] "
 """Between a text's id and a chunk's number: nothing that an id of its own would hold."""
-_RENDERING = 1
+_RENDERING = 2
 """Of how templates become text: to be raised with any change to it, so that no cached pool outlives it."""
+_COLUMNS = ("id", "prompt", "completion", "tag", "label")
 IGNORED = -100
 """Label of a token that no loss counts."""
 
@@ -38,7 +39,9 @@ def load_rows(
     public: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> "Dataset":
-    """Return the rows of all sources as columns `id`, `prompt`, `completion` and `tag`, and those of a task.
+    """Return the rows of all sources as columns `id`, `prompt`, `completion`, `tag`, `label`, and those of a task.
+
+    Where there is no tag or label it is "".
 
     For choices these are `completions`, one a choice, and `right`, the number of the right one; where an answer is to
     be written, `answer`.
@@ -54,7 +57,7 @@ def load_rows(
     """
     from datasets import Dataset, Features, Value
 
-    columns = Features({name: Value("string") for name in ("id", "prompt", "completion", "tag")})
+    columns = Features({name: Value("string") for name in _COLUMNS})
     for source in sources:
         columns |= task_features(source)
     rows = itertools.chain.from_iterable(_told(source, data_dir, what, public, tell) for source in sources)
@@ -121,6 +124,8 @@ def _identity(source: DataSource) -> dict[str, Any]:
     elsewhere = {"dataset", "installed", "revision", "tag", "license"}
     if not isinstance(task_of(source), Choices):  # which alone, of tasks, change a row's text
         elsewhere.add("task")
+    if source.label is None:
+        elsewhere.add("label")
     return source.model_dump(mode="json", exclude=elsewhere)
 
 
@@ -167,18 +172,32 @@ class Texts(Sequence[str]):
         return [prompt + completion for prompt, completion in zip(taken["prompt"], taken["completion"], strict=True)]
 
 
+def is_encoders(tokenizer: Any) -> bool:
+    """Whether a tokenizer frames a whole text, as text encoders' do: CLS before it and SEP after it."""
+    return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+
+
 def leading_tokens(tokenizer: Any) -> list[int]:
-    """Return [BOS] if this tokenizer puts BOS before a text of its own accord, else []."""
+    """Return [BOS] if this tokenizer puts BOS before a text of its own accord, else []; CLS sees the whole text."""
+    if is_encoders(tokenizer):
+        return []
     ids = tokenizer("a")["input_ids"]
     return ids[:1] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
 
-def tokenize(rows: "Dataset", tokenizer: Any, max_length: int) -> "Dataset":
+def tokenize(rows: "Dataset", tokenizer: Any, max_length: int, names: Sequence[str] = ()) -> "Dataset":
     """Return columns `input_ids` and `labels`: BOS, prompt (masked), completion, EOS (learnt).
 
     BOS only where the tokenizer itself puts one, so that users' own inputs look like the training's.
     Rows are cut at `max_length` tokens; a row with nothing left to learn is dropped. Other columns stay.
+
+    An encoder's rows are framed as its tokenizer does, and `labels` is one number a row: of its label.
+
+    Args:
+        names: an encoder's labels, in the order of their numbers; a row with none of them has the number IGNORED.
     """
+    if is_encoders(tokenizer):
+        return _tokenize_whole(rows, tokenizer, max_length, names)
     bos = leading_tokens(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -188,13 +207,31 @@ def tokenize(rows: "Dataset", tokenizer: Any, max_length: int) -> "Dataset":
         labels = [IGNORED] * len(prompt) + completion
         return {"input_ids": (prompt + completion)[:max_length], "labels": labels[:max_length]}
 
-    read = {"id", "prompt", "completion", "tag", *TASK_COLUMNS} & set(rows.column_names)
-    encoded = rows.map(encode, remove_columns=sorted(read), keep_in_memory=True)
+    encoded = rows.map(encode, remove_columns=_own_columns(rows), keep_in_memory=True)
     return encoded.filter(lambda row: any(label != IGNORED for label in row["labels"][1:]), keep_in_memory=True)
 
 
+def _tokenize_whole(rows: "Dataset", tokenizer: Any, max_length: int, names: Sequence[str]) -> "Dataset":
+    number = {name: i for i, name in enumerate(names)}
+
+    def encode(row: dict[str, str]) -> dict[str, Any]:
+        ids = tokenizer(row["prompt"] + row["completion"], truncation=True, max_length=max_length)["input_ids"]
+        return {"input_ids": ids, "labels": number.get(row.get("label", ""), IGNORED)}
+
+    return rows.map(encode, remove_columns=_own_columns(rows), keep_in_memory=True)
+
+
+def _own_columns(rows: "Dataset") -> list[str]:
+    return [name for name in rows.column_names if name in (*_COLUMNS, *TASK_COLUMNS)]
+
+
+def to_learn(labels: "torch.Tensor") -> "torch.Tensor":
+    """Return which predictions are learnt: (B, T - 1) bool, of the next tokens; of an encoder all its rows, (B,)."""
+    return labels[:, 1:] != IGNORED if labels.ndim == 2 else labels.new_ones(labels.shape).bool()
+
+
 def collate(rows: list[dict[str, Any]]) -> dict[str, "torch.Tensor"]:
-    """Return a right-padded batch of int64 tensors, (B, T); other columns are stacked, (B,)."""
+    """Return a right-padded batch of int64 tensors, (B, T); other columns, and labels of whole rows, are stacked."""
     import torch
 
     length = max(len(row["input_ids"]) for row in rows)
@@ -206,10 +243,11 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, "torch.Tensor"]:
         # Padding is masked in attention and labels, so that its id is free: not every model has a pad token.
         "input_ids": padded((row["input_ids"] for row in rows), 0),
         "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0),
-        "labels": padded((row["labels"] for row in rows), IGNORED),
     }
-    for name in rows[0].keys() - {"input_ids", "labels"}:
-        batch[name] = torch.tensor([row[name] for row in rows])
+    for name in rows[0].keys() - batch.keys():
+        values = [row[name] for row in rows]
+        by_token = name == "labels" and isinstance(values[0], list)
+        batch[name] = padded(values, IGNORED) if by_token else torch.tensor(values)
     return batch
 
 
@@ -230,7 +268,7 @@ def _rows_of(source: DataSource, data_dir: Path, what: str, public: bool) -> Ite
     for column in [*source.where, *([source.tag] if source.tag else []), *asked]:
         _require_column(column, raw.column_names, source, what)
     known = raw.column_names + ([CHOICE] if "right" in task_features(source) else [])
-    for template in (source.text, source.prompt, source.completion, *templates):
+    for template in (source.text, source.prompt, source.completion, source.label, *templates):
         for _, field in _parts(template or ""):
             if field is not None:
                 _require_column(field, known, source, what)
@@ -245,14 +283,14 @@ def _rows_of(source: DataSource, data_dir: Path, what: str, public: bool) -> Ite
         tag = str(row[source.tag]) if source.tag else ""
         try:
             cells = task_cells(source, row, _render)
-            prompt = _render(source.prompt or "", row)
+            prompt, label = _render(source.prompt or "", row), _render(source.label or "", row).replace("_", " ")
             row |= {CHOICE: cells[CHOICE]} if CHOICE in cells else {}
             pieces = _chunks(_render(source.text or source.completion or "", row), source.chunk)
         except (TypeError, ValueError) as error:
             raise DataError(f"{what}: {_name(source)}, row {number}: {error}") from None
         for k, piece in enumerate(pieces or [""]):
             row_id = name if len(pieces) <= 1 else f"{name}{_PIECE}{k}"
-            yield {"id": row_id, "prompt": prompt, "completion": piece, "tag": tag} | {
+            yield {"id": row_id, "prompt": prompt, "completion": piece, "tag": tag, "label": label} | {
                 name: cells[name] for name in TASK_COLUMNS if name in cells
             }
 

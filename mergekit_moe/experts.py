@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG, require_exact_lora, updates_of_adapter
 from mergekit_moe.architectures import Architecture, architecture_of
-from mergekit_moe.checkpoint import Header, license_of, read_config, shards_of
+from mergekit_moe.checkpoint import Header, license_of, pooling_of, read_config, shards_of
 from mergekit_moe.errors import ExpertError
 from mergekit_moe.hub import Resolved
 from mergekit_moe.updates import Update
@@ -30,7 +30,7 @@ _STRUCTURE = (
     *("attention_multiplier", "use_parallel_residual", "qk_layernorm"),
 )
 _HEADS = ("lm_head.weight", "embed_out.weight")
-_IGNORED_TENSORS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+_IGNORED_TENSORS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "embeddings.position_ids")
 """Buffers that older checkpoints hold, and that every class computes for itself."""
 
 
@@ -118,6 +118,8 @@ def read_base(source: Resolved) -> Base:
     for field in _SIZES:
         if not isinstance(config.get(field), int) or config[field] < 1:
             raise ExpertError(f"{what}: config.json has {field} = {config.get(field)!r}; it must be a whole number")
+    if architecture.encoder:
+        pooling_of(source.folder, what)
     ties = config.get("tie_word_embeddings", architecture.tied)
     shards = {}
     for shard, header in shards_of(source.folder, what, lambda shard: source.header(shard, what)).items():
@@ -129,7 +131,8 @@ def read_base(source: Resolved) -> Base:
         for projection, (inputs, outputs) in architecture.sizes(config).items():
             name = f"{block}.{projection}.weight"
             if name not in weights:
-                raise ExpertError(f"{what}: {source.folder} lacks {name}; save the whole model, with its head")
+                remedy = "save it without a head" if architecture.encoder else "save the whole model, with its head"
+                raise ExpertError(f"{what}: {source.folder} lacks {name}; {remedy}")
             if weights.shape(name) != (outputs, inputs):
                 raise ExpertError(
                     f"{what}: {name} has shape {list(weights.shape(name))} where config.json says [{outputs}, {inputs}]"
@@ -245,7 +248,10 @@ def _read_adapter(source: Resolved, base: Base, what: str, same_base: bool) -> d
 def _require_every_layer(config: dict[str, Any], updates: dict[str, Update], base: Base, what: str) -> None:
     """Raise ExpertError for an adapter that lacks a layer which its own config means: it is a smaller model's."""
     targets = config.get("target_modules")
-    restricted = [config.get(field) for field in ("layers_to_transform", "layers_pattern", "exclude_modules")]
+    restricted = [config.get(field) for field in ("layers_to_transform", "layers_pattern")]
+    excluded = config.get("exclude_modules")
+    if excluded not in (None, [], list(base.architecture.namesakes)):
+        return
     if not isinstance(targets, list) or any(part not in (None, []) for part in restricted):
         return
     for block in base.blocks():

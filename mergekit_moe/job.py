@@ -9,7 +9,7 @@ from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG
 from mergekit_moe.checkpoint import identity, license_of, stamp, weights_fingerprint
 from mergekit_moe.errors import ExpertError
 from mergekit_moe.experts import PROXIES, STATISTICS, Base, Expert, read_base, read_expert, read_proxies
-from mergekit_moe.recipe import ExpertSource, Recipe, Seed
+from mergekit_moe.recipe import ExpertSource, Recipe, Router, Seed
 from mergekit_moe.selection.embedding import choose_backend, load_embedder, resolve_embedder
 from mergekit_moe.workspace import Workspace, digest, file_sha256
 
@@ -87,6 +87,23 @@ class Job:
         if base.revision is not None:
             return self.base_identity
         return identity(base.folder, stamp(base.folder, "base_model"))
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the base model is a text encoder."""
+        return not isinstance(self.recipe.base_model, Seed) and self.base_headers.architecture.encoder
+
+    @property
+    def router(self) -> Router:
+        """The recipe's router, with the context that suits the base model where the recipe names none."""
+        router = self.recipe.router
+        return router.model_copy(update={"context": "mean"}) if self.encodes and not _names_context(router) else router
+
+    @functools.cached_property
+    def label_names(self) -> list[str]:
+        """Every label that any expert's rows have, of all domains together: what each text is judged against."""
+        rows = [self.rows(expert) for expert in self.recipe.experts if self.recipe.matches_labels]
+        return sorted({label for pair in rows for part in pair if part is not None for label in part["label"]} - {""})
 
     @property
     def base_license(self) -> str:
@@ -257,6 +274,10 @@ class Job:
                 "use the same pool and templates"
             )
         return self.pool.select(proxies["rows"])
+
+
+def _names_context(router: Router) -> bool:
+    return "context" in router.model_fields_set
 
 
 def published_files(expert: Expert) -> str:

@@ -85,4 +85,6 @@ def methods_of(recipe: Recipe) -> dict[str, Method]:
         f"ablation-{name}": Method(name.replace("-", " "), "ablation", changes)
         for name, changes in recipe.comparison.ablations.items()
     }
-    return {"seed": METHODS["seed"], **experts, **METHODS, **ablations}
+    # To weigh experts by how well they read a text takes models that read.
+    known = {name: m for name, m in METHODS.items() if not (recipe.matches_labels and name == "btm-posterior")}
+    return {"seed": METHODS["seed"], **experts, **known, **ablations}

@@ -3,15 +3,24 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mergekit_moe.adapters import ADAPTER_CONFIG
+from mergekit_moe.architectures import is_encoder
+from mergekit_moe.checkpoint import pooling_of, read_config
+from mergekit_moe.data import IGNORED, batches
+from mergekit_moe.matching import LabelMatcher, Labels, embed_labels
 from mergekit_moe.modeling.routing_metamoe import ContextRouter, Routing, prompt_tokens
 from mergekit_moe.workspace import process_state
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_BATCH = 64
 
 
 class RouterCall(NamedTuple):
@@ -26,22 +35,71 @@ class RouterCall(NamedTuple):
     """The router's context: over which tokens it takes the mean."""
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """Return a causal language model on this process's device, in the dtype that it is stored in.
+def load_network(folder: Path) -> PreTrainedModel:
+    """Return a folder's own model on this process's device, in the dtype that it is stored in.
 
-    Never runs a checkpoint's own code.
+    A causal language model, or a text encoder without a head. Never runs a checkpoint's own code.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-    return model.to(process_state().device)
+    auto = AutoModel if is_encoder(read_config(folder, "config.json", str(folder))) else AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype="auto", trust_remote_code=False).to(process_state().device)
 
 
-def load_expert(base: Path, expert: Path) -> Any:
+def as_used(network: Any, folder: Path, labels: Labels | None = None) -> Any:
+    """Return a model that takes collated rows: the language model itself, a text encoder in a LabelMatcher.
+
+    Args:
+        network: from `load_network`, or one that PEFT made of it.
+        folder: of the base or unified model, which says how an encoder's token states become one vector.
+        labels: what an encoder's texts are compared with.
+    """
+    if not is_encoder(network.config.to_dict()):
+        return network
+    return LabelMatcher(network, pooling_of(folder, str(folder)), labels)
+
+
+def network_of(model: Any) -> Any:
+    """Return the transformers model inside what `as_used` returned."""
+    return model.encoder if isinstance(model, LabelMatcher) else model
+
+
+def load_model(folder: Path, labels: Labels | None = None) -> Any:
+    """Return the model of a base or unified model's folder, as it is used."""
+    return as_used(load_network(folder), folder, labels)
+
+
+def load_expert(base: Path, expert: Path, labels: Labels | None = None) -> Any:
     """Return an expert as a plain model, by PEFT and transformers alone: the base with its adapter, or a fine-tune."""
     if not (expert / ADAPTER_CONFIG).is_file():
-        return load_model(expert)
+        return as_used(load_network(expert), base, labels)
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_model(base), str(expert)).merge_and_unload()
+    return as_used(PeftModel.from_pretrained(load_network(base), str(expert)).merge_and_unload(), base, labels)
+
+
+def load_labels(base: Path, names: list[str], temperature: float) -> Labels | None:
+    """Return labels as the seed embeds them; None without any, as for language models."""
+    if not names:
+        return None
+    return embed_labels(load_model(base), load_tokenizer(base), names, temperature)
+
+
+@torch.no_grad()
+def add_teacher(model: Any, rows: "Dataset") -> "Dataset":
+    """Return tokenised rows with a column `taught` (D,): where an encoder puts those that have no label, now.
+
+    A row with a column `expert` is sent to that one. Rows of a language model are returned as they are.
+    """
+    if network_of(model) is model:
+        return rows
+    model.eval()
+    unlabelled = [place for place, label in enumerate(rows["labels"]) if label == IGNORED]
+    taught = torch.zeros(len(rows), model.config.hidden_size)
+    seen = 0
+    for batch in batches(rows, _BATCH, model.device, unlabelled):
+        said = model(**scored_inputs(model, batch), forced_expert=batch.get("expert")).embeddings
+        taught[unlabelled[seen : seen + len(said)]] = said.cpu()
+        seen += len(said)
+    return rows.add_column("taught", list(taught.numpy()))
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -90,7 +148,8 @@ def recorded_routers(model: nn.Module) -> Iterator[list[RouterCall]]:
 def recorded_ffn_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
     """Yield a list that a forward pass inside the block fills with each FFN's input (B, T, H), layer by layer."""
     inputs: list[Tensor] = []
-    feed_forwards = [module for name, module in model.named_modules() if name.endswith(".mlp")]
+    # An encoder of the BERT kind has its FFN in two modules of the layer.
+    feed_forwards = [module for name, module in model.named_modules() if name.endswith((".mlp", ".intermediate"))]
     handles = [m.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for m in feed_forwards]
     try:
         yield inputs
@@ -106,6 +165,9 @@ def adapter_silent_on(model: nn.Module, token_ids: list[int]) -> Iterator[None]:
     BOS stands before every domain and all later tokens attend to it, so that no causal router can know
     its domain. Trained like this, an expert never relies on its own delta there.
     """
+    if not token_ids:
+        yield
+        return
     silent = torch.tensor(token_ids, dtype=torch.long)
     keep: dict[str, Tensor] = {}
 
@@ -120,7 +182,7 @@ def adapter_silent_on(model: nn.Module, token_ids: list[int]) -> Iterator[None]:
     for name, module in model.named_modules():
         if name.rpartition(".")[0].endswith("lora_B"):
             handles.append(module.register_forward_hook(silence))
-    assert len(handles) > 1 or not token_ids, "no LoRA layer in this model"
+    assert len(handles) > 1, "no LoRA layer in this model"
     try:
         yield
     finally:

@@ -89,6 +89,7 @@ def steps(job: Job) -> Iterator[Step]:
     """Yield the steps in order. Each is made before the next is asked for, so inputs may read its folder."""
     recipe, seed = job.recipe, {"seed": job.recipe.seed}
     pool = {"pool": job.pool_fingerprint} if recipe.pool_sources else {}
+    matching = {"matching": recipe.matching.model_dump(mode="json")} if recipe.matches_labels else {}
     inputs: dict[str, Any]
     if job.clients or job.foreign:
         inputs = pool | job.embedder_identity()
@@ -139,6 +140,7 @@ def steps(job: Job) -> Iterator[Step]:
             "private": job.private_fingerprint(client),
             "proxies": job.workspace.digest_of(f"proxies/{client.name}", "select", (PROXIES,)),
             "privacy": protecting.asked(job, client, "expert"),
+            **matching,
         }
         make = functools.partial(align_client, job, client)
         yield Step("align", f"aligned/{client.name}", inputs | base | seed, make, distributed=True, resumable=True)
@@ -166,7 +168,7 @@ def steps(job: Job) -> Iterator[Step]:
         make = functools.partial(_publish_proxies, job, client)
         yield Step("publish", f"proxy-sets/{client.name}", inputs | pool, make)
     experts = {"experts": job.expert_identities()}
-    router = recipe.router
+    router = job.router
     inputs = {
         "merge": recipe.merge.model_dump(mode="json"),
         "router": [router.start, router.context, router.context_weight],
@@ -193,7 +195,7 @@ def steps(job: Job) -> Iterator[Step]:
             "tasks": [task.model_dump(mode="json") for expert in recipe.experts if (task := expert.task)],
             "selection": [job.workspace.digest_of(f"proxies/{client.name}", "select") for client in job.clients],
         }
-        yield Step("evaluate", "evaluation", judged | model, lambda out: _evaluate(job, out))
+        yield Step("evaluate", "evaluation", judged | model | matching, lambda out: _evaluate(job, out))
         inputs["evaluation"] = job.workspace.digest_of("evaluation", "evaluate")
     inputs |= {
         "recipe": digest(cards.public_recipe(recipe)),
@@ -236,6 +238,8 @@ def align_client(job: Job, client: ExpertSource, out: Path) -> None:
         out=out,
         privacy=job.recipe.privacy_of(client),
         private_rows=len(private),
+        names=sorted(set(private["label"]) - {""}),
+        temperature=job.recipe.matching.temperature,
     )
 
 
@@ -282,9 +286,7 @@ def _merge(job: Job, out: Path) -> dict[str, str]:
     from mergekit_moe.merging.unify import merge_experts
 
     tell = job.workspace.report
-    return merge_experts(
-        job.base_model, job.experts(), recipe.merge, recipe.router, out=out, seed=recipe.seed, tell=tell
-    )
+    return merge_experts(job.base_model, job.experts(), recipe.merge, job.router, out=out, seed=recipe.seed, tell=tell)
 
 
 def _gathering(job: Job) -> list[tuple[str, dict[str, Any]]]:
@@ -292,7 +294,7 @@ def _gathering(job: Job) -> list[tuple[str, dict[str, Any]]]:
 
     The anchor's proxies are rows that no expert has taken, so that it depends on them all.
     """
-    recipe, router = job.recipe, job.recipe.router
+    recipe, router = job.recipe, job.router
     if router.start not in BY_STATISTICS:
         return []
     merged = job.workspace.folder("merged")
@@ -314,7 +316,7 @@ def _gathering(job: Job) -> list[tuple[str, dict[str, Any]]]:
 def _gather(job: Job, number: int, out: Path) -> None:
     from mergekit_moe.routing.training import gather_expert
 
-    gather_expert(job.workspace.folder("merged"), _tokens_of(job, number), job.recipe.router, out)
+    gather_expert(job.workspace.folder("merged"), _tokens_of(job, number), job.router, out)
 
 
 def _route(job: Job, out: Path) -> None:
@@ -330,7 +332,7 @@ def _route(job: Job, out: Path) -> None:
     fit_routers(
         job.workspace.folder("merged"),
         _proxy_tokens(job),
-        job.recipe.router,
+        job.router,
         published=published,
         seed=job.recipe.seed,
         out=out,
@@ -388,6 +390,8 @@ def _evaluate(job: Job, out: Path) -> None:
         domains,
         job.recipe.evaluation,
         proxy_shares=selecting.proxy_shares(job),
+        names=job.label_names,
+        temperature=job.recipe.matching.temperature,
         out=out,
     )
 

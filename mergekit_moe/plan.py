@@ -38,6 +38,7 @@ def plan(job: Job, *, merging: bool = True, base: bool = True, carding: bool = F
     attempt(lambda: _plan_workspace(job))
     if base:
         attempt(lambda: _plan_base(job))
+        attempt(lambda: _require_fitting(job))
     if job.recipe.pool_sources:
         attempt(lambda: _plan_pool(job))
     for target in job.recipe.export if base else ():
@@ -48,7 +49,7 @@ def plan(job: Job, *, merging: bool = True, base: bool = True, carding: bool = F
         attempt(lambda: _plan_license(job))
     if problems:
         raise DataError("\n".join(problems))
-    router, merge = job.recipe.router, job.recipe.merge
+    router, merge = job.recipe.router if not base else job.router, job.recipe.merge
     if merge.method == "moe":
         lines.append(("router", f"{router.start}, context {router.context}, top-{merge.top_k}"))
     return lines
@@ -78,6 +79,29 @@ def _plan_base(job: Job) -> list[tuple[str, str]]:
     size = sum(base.weights.nbytes(name) for name in base.weights)
     kind = base.config["model_type"]
     return [("base", f"{base.source.source} ({kind}, {size / 1e6:,.1f} MB, licence {job.base_license})")]
+
+
+def _require_fitting(job: Job) -> list[tuple[str, str]]:
+    """Raise DataError for what a text encoder, or a model that isn't one, can't do."""
+    recipe, encodes = job.recipe, job.encodes
+    context = job.router.context
+    if encodes and context in ("prefix", "prompt"):
+        raise DataError(f"router.context {context} is for models that read left to right; an encoder's is mean or none")
+    if not encodes and context == "mean":
+        raise DataError("router.context mean is for text encoders: here it would show what comes; use prefix or prompt")
+    if not encodes and recipe.matches_labels:
+        raise DataError("base_model is no text encoder, and 'label' needs one; name one, or drop 'label'")
+    if encodes and job.clients and not recipe.matches_labels:
+        raise DataError(
+            f"expert '{job.clients[0].name}': base_model is a text encoder, which learns from rows with a label; give "
+            "'label' with 'text'"
+        )
+    if encodes and job.foreign:
+        raise DataError(
+            f"expert '{job.foreign[0].name}': expert-gain asks how well a model reads a text, and base_model is a text "
+            "encoder; use an expert with published proxies"
+        )
+    return []
 
 
 def _plan_license(job: Job) -> list[tuple[str, str]]:

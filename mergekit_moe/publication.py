@@ -62,9 +62,9 @@ def write_statistics(expert: Path, base: Path, proxy_tokens: "Dataset", silent_t
     from peft import PeftModel
     from safetensors.torch import save_file
 
-    from mergekit_moe.models import adapter_silent_on, load_model, recorded_ffn_inputs
+    from mergekit_moe.models import adapter_silent_on, load_network, recorded_ffn_inputs
 
-    model = PeftModel.from_pretrained(load_model(base), str(expert)).eval()
+    model = PeftModel.from_pretrained(load_network(base), str(expert)).eval()
     sums: dict[str, Tensor] = {}
     with torch.no_grad(), adapter_silent_on(model, silent_tokens):
         for batch in batches(proxy_tokens, _BATCH, model.device):

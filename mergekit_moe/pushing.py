@@ -24,10 +24,15 @@ _CHECKPOINT = (
     *("config.json", "generation_config.json", "*.safetensors", INDEX, _CARD, MANIFEST),
     *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja"),
 )
+_POOLING = ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json")
+"""Of a text encoder, as sentence-transformers reads it."""
 _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "expert": ((ADAPTER, ADAPTER_CONFIG, ABOUT), (PROXIES, STATISTICS, LEDGER, _CARD, MANIFEST)),
     "native model": (("config.json", "export_report.json"), _CHECKPOINT),
-    "merged model": (("config.json", "merge.json"), (*_CHECKPOINT, "*_metamoe.py", "router_training.json")),
+    "merged model": (
+        ("config.json", "merge.json"),
+        (*_CHECKPOINT, "*_metamoe.py", "router_training.json", *_POOLING),
+    ),
     "seed model": (("config.json", "model.safetensors", MANIFEST), _CHECKPOINT),
     "proxy set": (("proxies.jsonl", _CARD), (MANIFEST,)),
 }
@@ -93,13 +98,14 @@ def files_to_push(folder: Path, tell: Callable[[str], None] = lambda line: None)
         raise HubError(
             f"{folder} is not a folder; give one that metamoe made, such as experts/<name>, proxy-sets/<name> or model"
         )
-    files = {path.name: path for path in sorted(folder.iterdir())}
+    files = {path.name: path for path in sorted(folder.iterdir()) if not _holds_pooling(path)}
+    files |= {str(path.relative_to(folder)): path for path in sorted(folder.glob(_POOLING[-1]))}
     kind = next((kind for kind, (marks, _) in _KINDS.items() if all(mark in files for mark in marks)), None)
     if kind is None:
         known = "; ".join(f"{kind} ({', '.join(marks)})" for kind, (marks, _) in _KINDS.items())
         raise HubError(f"{folder} is nothing that can be pushed; known by their files are: {known}")
-    for path in files.values():
-        _require_ours(path, kind)
+    for name, path in files.items():
+        _require_ours(path, name, kind)
     if license_of(folder) == "unknown":
         raise HubError(
             f"{folder / _CARD} states no licence, and nothing is published without one; set it in the recipe "
@@ -146,14 +152,20 @@ def push(
         raise HubError(f"{repository} {refusal}") from None
 
 
-def _require_ours(path: Path, kind: str) -> None:
+def _holds_pooling(path: Path) -> bool:
+    """Whether it is a folder with nothing in it but how an encoder pools."""
+    files = [] if path.is_symlink() or not path.is_dir() else list(path.iterdir())
+    return [fnmatch.fnmatchcase(f"{path.name}/{file.name}", _POOLING[-1]) for file in files] == [True]
+
+
+def _require_ours(path: Path, name: str, kind: str) -> None:
     """Raise HubError for what a folder of this kind doesn't hold when metamoe made it."""
     marks, others = _KINDS[kind]
     if path.is_symlink():
         raise HubError(f"{path} is a link, and what it leads to may be anything; put the file itself there")
     if not path.is_file():
         raise HubError(f"{path} is a folder, and what is pushed as '{kind}' has none; move it away")
-    if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in (*marks, *others)):
+    if not any(fnmatch.fnmatchcase(name, pattern) for pattern in (*marks, *others)):
         allowed = ", ".join((*marks, *others))
         raise HubError(f"{path} is none of the files that are pushed as '{kind}': {allowed}; move it away")
     if path.suffix in (".json", ".md") and path.name not in ("tokenizer.json", MANIFEST):

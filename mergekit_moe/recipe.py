@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from mergekit_moe.label_recipe import Matching, check_labels
 from mergekit_moe.privacy_recipe import Privacy, forbid_unaccounted
 from mergekit_moe.router_recipe import BY_PUBLISHED, NO_PROXIES, Router, Training
 from mergekit_moe.spec import Spec, check_template
@@ -37,6 +38,9 @@ class DataSource(Spec):
     """Template for what is given; its tokens are masked in every loss."""
     completion: str | None = None
     """Template for what is learnt; required with `prompt`."""
+    label: str | None = None
+    """Template for what the text is one of, such as `{intent}`; underscores are shown as spaces. With `text` only, and
+    for a text encoder: it learns to put a text nearest to the name of its label."""
     chunk: int | None = Field(None, ge=50)
     """Characters. Longer texts are split at line ends into rows of at most this size (plain text only)."""
     id: str = "id"
@@ -58,11 +62,15 @@ class DataSource(Spec):
             raise ValueError("give 'text', or 'prompt' and 'completion', as templates such as '{text}'")
         if self.text is not None and (self.prompt is not None or self.completion is not None):
             raise ValueError("give either 'text' or 'prompt' and 'completion', not both")
+        if self.label is not None and self.text is None:
+            raise ValueError(
+                "'label' is what a 'text' is one of; drop it, or give 'text' instead of prompt and completion"
+            )
         if self.streaming and self.limit is None:
             raise ValueError("'streaming' needs a 'limit', the number of rows to read")
         if self.chunk is not None and self.text is None:
             raise ValueError("'chunk' splits plain text only; drop it, or use 'text'")
-        for template in (self.text, self.prompt, self.completion):
+        for template in (self.text, self.prompt, self.completion, self.label):
             check_template(template or "")
         return self
 
@@ -159,6 +167,12 @@ class ExpertSource(Spec):
         """What its held-out rows ask."""
         test = self.client.test if self.client is not None else self.test
         return test.task if test is not None else None
+
+    @property
+    def rows(self) -> list[DataSource]:
+        """All that the recipe gives of its domain's rows."""
+        given = [self.client.private, self.client.test] if self.client is not None else [self.test]
+        return [source for source in given if source is not None]
 
 
 class Selection(Spec):
@@ -319,6 +333,7 @@ class Recipe(Spec):
     """Seeds everything random."""
     selection: Selection = Selection()
     alignment: Alignment = Alignment()
+    matching: Matching = Matching()
     privacy: Privacy = Privacy()
     """What each client's artifacts may tell, where the client says nothing else."""
     merge: Merge = Merge()
@@ -351,6 +366,7 @@ class Recipe(Spec):
         for expert in self.experts:
             if expert.client is not None:
                 forbid_unaccounted(expert.name, self.privacy_of(expert), self)
+        check_labels(self)
         self._check_merge(names)
         if self.public_pool is None:
             self._check_without_pool()
@@ -408,6 +424,11 @@ class Recipe(Spec):
         if self.public_pool is None:
             return []
         return self.public_pool if isinstance(self.public_pool, list) else [self.public_pool]
+
+    @property
+    def matches_labels(self) -> bool:
+        """Whether the experts' rows have labels: what they are judged by is a text encoder's choice among those."""
+        return any(source.label is not None for expert in self.experts for source in expert.rows)
 
     @property
     def fits_routers(self) -> bool:

@@ -60,9 +60,10 @@ class RouterTraining(Training):
 class Router(Spec):
     """How tokens find their expert."""
 
-    context: Literal["prefix", "prompt", "none"] = "prefix"
+    context: Literal["prefix", "prompt", "mean", "none"] = "prefix"
     """What a token's own scores are mixed with: their running mean over its prefix, their mean over the prompt
-    (frozen while the completion is read or written), or nothing."""
+    (frozen while the completion is read or written), or nothing. Text encoders see a text at once: theirs is the `mean`
+    over the whole text, where nothing is said, and nobody else's."""
     context_weight: float = Field(0.95, gt=0, lt=1)
     """Where lambda starts, in every layer."""
     start: Literal[NoProxies, "lda", "ridge", "centroid", "means", "flexolmo", "hidden", "cheap-embed", "linear"] = (

@@ -28,7 +28,13 @@ def test_templates_filters_and_tags(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "d.jsonl", ROWS)
     wanted = source(prompt="Q: {q}\n", completion="{a}", where={"kind": ["maths"]}, tag="kind")
     rows = load_rows([wanted], tmp_path, "pool")
-    assert rows[:] == {"id": ["a"], "prompt": ["Q: two and two?\n"], "completion": ["four"], "tag": ["maths"]}
+    assert rows[:] == {
+        "id": ["a"],
+        "prompt": ["Q: two and two?\n"],
+        "completion": ["four"],
+        "tag": ["maths"],
+        "label": [""],
+    }
     assert texts_of(rows) == ["Q: two and two?\nfour"]
 
 

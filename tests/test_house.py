@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mergekit_moe"
-GROUND = {"errors", "privacy_recipe", "recipe", "recipe_file", "router_recipe", "spec", "task_recipe", "workspace"}
+GROUND = {
+    *("errors", "label_recipe", "privacy_recipe", "recipe", "recipe_file", "router_recipe", "spec", "task_recipe"),
+    "workspace",
+}
 MATERIAL = {
-    *("adapters", "architectures", "checkpoint", "data", "experts", "hub", "installed_text", "models"),
+    *("adapters", "architectures", "checkpoint", "data", "experts", "hub", "installed_text", "matching", "models"),
     *("privacy", "tasks", "training", "updates", "weights"),
 }
 STAGES = {"alignment", "cards", "evaluation", "export", "merging", "publication", "routing", "seed", "selection"}

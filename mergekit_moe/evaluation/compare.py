@@ -7,16 +7,17 @@ import torch
 
 from mergekit_moe.data import batches
 from mergekit_moe.evaluation.judging import judge
-from mergekit_moe.evaluation.losses import row_losses
 from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
-from mergekit_moe.evaluation.scoring import Domain, tokenized
+from mergekit_moe.evaluation.scoring import Domain, by_model, score, tokenized
 from mergekit_moe.evaluation.tables import RESULTS
-from mergekit_moe.models import load_expert, load_model, load_tokenizer, recorded_routers, scored_inputs
+from mergekit_moe.models import load_expert, load_labels, load_model, load_tokenizer, recorded_routers, scored_inputs
 from mergekit_moe.recipe import Evaluation
 from mergekit_moe.workspace import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from mergekit_moe.matching import Labels
 
 SEED, SOUP, OURS, OWN = "seed", "soup", "unified", "own expert"
 
@@ -29,6 +30,8 @@ def evaluate_models(
     settings: Evaluation,
     *,
     proxy_shares: dict[str, dict[str, float]],
+    names: list[str] | None = None,
+    temperature: float = 1.0,
     out: Path,
 ) -> None:
     """Write results.json to the folder `out`: the seed, each expert alone, the soup and the unified model.
@@ -37,11 +40,14 @@ def evaluate_models(
         experts: expert's name -> its published folder; each runs as PEFT or transformers would run it.
         unified: the unified model's folder.
         proxy_shares: how often each client's proxies carry its true tag, kept with the results.
+        names: labels of all domains together, for a text encoder; a domain is never judged by its own labels alone.
+        temperature: of the encoder's logits.
     """
-    domains = tokenized(domains, load_tokenizer(base), settings)
-    losses = {SEED: _losses(load_model(base), domains, settings)}
-    losses.update(_expert_losses(base, experts, domains, settings))
-    model = load_model(unified).eval()
+    domains = tokenized(domains, load_tokenizer(base), settings, names or [])
+    labels = load_labels(base, names or [], temperature)
+    losses = {SEED: _losses(load_model(base, labels), domains, settings)}
+    losses.update(_expert_losses(base, experts, domains, settings, labels))
+    model = load_model(unified, labels).eval()
     losses[OURS] = _losses(model, domains, settings)
     losses[OWN] = {d.name: losses[d.name][d.name] for d in domains}
     results = {
@@ -70,10 +76,14 @@ def routing_accuracy(model: "PreTrainedModel", domain: Domain, settings: Evaluat
 
 
 def _losses(model: "PreTrainedModel", domains: list[Domain], settings: Evaluation) -> dict[str, Any]:
+    """Return each domain's mean loss in nats and its perplexity; where rows have labels, the accuracy, too."""
     results = {}
     for domain in domains:
-        sums, counts = row_losses(model, domain.rows, settings.batch_size)
-        results[domain.name] = TokenLoss().compute(predictions=sums, references=counts)
+        scores = score(by_model(model), domain.rows, settings, model.device)
+        count = int(scores["predictions"])
+        results[domain.name] = TokenLoss().compute(predictions=[scores["loss"] * count], references=[count])
+        if "accuracy" in scores:
+            results[domain.name]["accuracy"] = scores["accuracy"]
         if domain.questions is not None:
             results[domain.name] |= judge(model, domain.questions, settings)
     return results
@@ -81,14 +91,14 @@ def _losses(model: "PreTrainedModel", domains: list[Domain], settings: Evaluatio
 
 @torch.no_grad()
 def _expert_losses(
-    base: Path, experts: dict[str, Path], domains: list[Domain], settings: Evaluation
+    base: Path, experts: dict[str, Path], domains: list[Domain], settings: Evaluation, labels: "Labels | None" = None
 ) -> dict[str, dict[str, Any]]:
     """Each expert alone, and the soup: the plain average of all their weights."""
-    soup = load_model(base)
+    soup = load_model(base, labels)
     means = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in soup.parameters()]
     results = {}
     for name, folder in experts.items():
-        model = load_expert(base, folder)
+        model = load_expert(base, folder, labels)
         results[name] = _losses(model, domains, settings)
         for mean, parameter in zip(means, model.parameters(), strict=True):
             mean.add_(parameter, alpha=1.0 / len(experts))
@@ -98,9 +108,15 @@ def _expert_losses(
 
 
 def _retention(losses: dict[str, Any], method: str, domains: list[Domain]) -> dict[str, Any]:
+    """How much is kept of each expert's gain over the seed: in loss, or in errors where rows have labels."""
+
+    def lost(method: str, domain: Domain) -> float:
+        said = losses[method][domain.name]
+        return 1.0 - said["accuracy"] if "accuracy" in said and domain.questions is None else said["loss"]
+
     computed = Retention().compute(
-        predictions=[losses[method][d.name]["loss"] for d in domains],
-        references=[[losses[SEED][d.name]["loss"], losses[OWN][d.name]["loss"]] for d in domains],
+        predictions=[lost(method, d) for d in domains],
+        references=[[lost(SEED, d), lost(OWN, d)] for d in domains],
     )
     each = dict(zip([d.name for d in domains], computed["retention"], strict=True))
     return {"by_domain": each, "mean": computed["mean_retention"]}

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, N judged predictions, V what each chooses from (the vo
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -51,8 +51,11 @@ class Domain(NamedTuple):
     """What they are judged by beside the loss, once they are tokens."""
 
 
-def tokenized(domains: list[Domain], tokenizer: Any, settings: "Evaluation") -> list[Domain]:
+def tokenized(domains: list[Domain], tokenizer: Any, settings: "Evaluation", names: Sequence[str] = ()) -> list[Domain]:
     """Return the domains with the rows that are judged, tokenised, and their questions.
+
+    Args:
+        names: labels of all domains together, where rows have labels.
 
     Raises:
         DataError: if a domain has none, naming its expert.
@@ -60,7 +63,7 @@ def tokenized(domains: list[Domain], tokenizer: Any, settings: "Evaluation") -> 
     found = []
     for domain in domains:
         first = domain.rows.select(range(min(len(domain.rows), settings.max_rows)))
-        rows = tokenize(first, tokenizer, settings.max_length)
+        rows = tokenize(first, tokenizer, settings.max_length, names)
         if len(rows) == 0:
             raise DataError(
                 f"expert '{domain.name}': no held-out row has a token to judge within evaluation.max_length "
@@ -73,9 +76,14 @@ def tokenized(domains: list[Domain], tokenizer: Any, settings: "Evaluation") -> 
 
 @torch.no_grad()
 def judged(model: "PreTrainedModel", batch: dict[str, Tensor]) -> Judged:
-    """Return a language model's predictions of the tokens that are to be learnt, row by row, from left to right."""
-    logits = model(**scored_inputs(model, batch), use_cache=False).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
+    """Return a language model's predictions of the tokens that are to be learnt, row by row, from left to right.
+
+    Of a text encoder, its choice of a label for each row.
+    """
+    logits, labels = model(**scored_inputs(model, batch), use_cache=False).logits, batch["labels"]
+    if labels.ndim == 1:
+        return Judged(logits.float().log_softmax(-1), labels, torch.arange(len(labels), device=labels.device))
+    logits, labels = logits[:, :-1], labels[:, 1:]
     rows, places = (labels != IGNORED).nonzero(as_tuple=True)
     return Judged(logits[rows, places].float().log_softmax(-1), labels[rows, places], rows)
 
@@ -124,8 +132,11 @@ def _mixed(log_probs: list[Tensor], weights: Any) -> Tensor:
 
 
 def score(predict: Predict, rows: "Dataset", settings: "Evaluation", device: Any) -> dict[str, float]:
-    """Return the mean loss in nats a prediction, `predictions`, and the input's `tokens` and `seconds`."""
-    total = predictions = tokens = seconds = 0.0
+    """Return the mean loss in nats a prediction, `predictions`, and the input's `tokens` and `seconds`.
+
+    Where rows have labels, their `accuracy`, too.
+    """
+    total = predictions = right = tokens = seconds = 0.0
     for batch in batches(rows, settings.batch_size, device):
         begun = time.perf_counter()
         said = predict(batch)
@@ -133,8 +144,10 @@ def score(predict: Predict, rows: "Dataset", settings: "Evaluation", device: Any
         total -= float(own.sum())
         seconds += time.perf_counter() - begun
         predictions += len(own)
+        right += int((said.log_probs.argmax(-1) == said.targets).sum())
         tokens += int(batch["attention_mask"].sum())
-    return {"loss": total / predictions, "predictions": predictions, "tokens": tokens, "seconds": seconds}
+    accuracy = {"accuracy": right / predictions} if batch["labels"].ndim == 1 else {}
+    return {"loss": total / predictions, **accuracy, "predictions": predictions, "tokens": tokens, "seconds": seconds}
 
 
 @torch.no_grad()

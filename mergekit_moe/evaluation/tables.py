@@ -29,7 +29,7 @@ def loss_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def accuracy_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return (header, rows): each method's accuracy on each domain that has a task; no row where none has."""
+    """Return (header, rows): each method's accuracy on each domain that has labels or a task; no row where none has."""
     columns = [
         (domain, measure)
         for domain, judged in results["methods"]["unified"].items()

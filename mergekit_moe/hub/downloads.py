@@ -2,6 +2,8 @@
 
 import functools
 import glob
+import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -29,6 +31,10 @@ _ABOUT_DATA = ["README.md", "dataset_infos.json", ".huggingface.yaml"]
 """What says how a data set is to be read."""
 
 
+PACKAGE = "package:"
+"""Before the name of an installed package with a `get_model_path()`."""
+
+
 class Resolved(NamedTuple):
     """A model or expert on disk."""
 
@@ -52,7 +58,7 @@ class Resolved(NamedTuple):
         Raises:
             ExpertError: if there is no such file, or it isn't whole.
         """
-        if self.revision is None or (self.folder / file).is_file():
+        if self.revision is None or self.source.startswith(PACKAGE) or (self.folder / file).is_file():
             return read_header(self.folder / file, what)
         return _remote_header(self, file, what)
 
@@ -69,6 +75,8 @@ def resolve_model(
 ) -> Resolved:
     """Return a folder as it is, or download a Hub repository at one commit, every file compared with the Hub's digest.
 
+    `package:NAME` is the model that an installed package carries, its version the revision.
+
     With HF_HUB_OFFLINE=1, or with a commit as `revision` while the Hub is down, the cache will do.
 
     Args:
@@ -79,8 +87,11 @@ def resolve_model(
         tell: is given a sentence if the cache has to do.
 
     Raises:
-        ExpertError: if it is neither a folder nor to be had from the Hub, or comes damaged; the text says why.
+        ExpertError: if it is neither a folder nor to be had from the Hub or a package, or comes damaged; the text says
+            why.
     """
+    if source.startswith(PACKAGE):
+        return _from_package(source, revision, what)
     folder = base / source
     if folder.is_dir():
         if revision is not None:
@@ -94,6 +105,21 @@ def resolve_model(
     except RefusalError as refusal:
         raise ExpertError(f"{what}: {_sentence(source, refusal)}") from None
     return Resolved(fetched, source, fetched.name)
+
+
+def _from_package(source: str, revision: str | None, what: str) -> Resolved:
+    package = source.removeprefix(PACKAGE)
+    try:
+        folder = Path(importlib.import_module(package).get_model_path())
+        version = importlib.metadata.version(package.replace("_", "-"))
+    except (ImportError, AttributeError):
+        raise ExpertError(
+            f"{what}: {source} is not installed, or has no get_model_path(); "
+            "`pip install 'mergekit_moe[quickstart]'` brings the quickstart's, production recipes name a Hub id"
+        ) from None
+    if revision not in (None, version):
+        raise ExpertError(f"{what}: {source} is installed at {version}, and 'revision' is {revision}; drop it")
+    return Resolved(folder, source, version)
 
 
 def _fetch(source: str, revision: str | None, patterns: list[str], kind: str, tell: Tell) -> Path:

@@ -77,12 +77,12 @@ def _changes(bias: str, base: Base, expert: Expert) -> bool:
     return not torch.equal(expert.updates[bias].apply(own), own)
 
 
-def disk_name(weight: str, number: int, factor: str | None = None) -> str:
+def disk_name(weight: str, number: int, base: Base, factor: str | None = None) -> str:
     """Return where an expert's matrix lies in the merged model, from the name of the base's own."""
     module, _, kind = weight.rpartition(".")
-    block, _, projection = module.rpartition(".")
+    projection = next(name for name in base.architecture.projections if module.endswith(f".{name}"))
     part = kind if factor is None else f"lora_{factor}.{kind}"
-    return f"{block}.experts.{number}.{projection}.{part}"
+    return f"{module.removesuffix(f'.{projection}')}.experts.{number}.{projection.replace('.', '_')}.{part}"
 
 
 def _entry(name: str, scale: float, ranks: dict[str, int], base: Base) -> dict[str, Any]:
@@ -104,8 +104,8 @@ def _factored(name: str, number: int, base: Base, updates: dict[str, Update]) ->
         assert update.lora_A is not None
         assert update.lora_B is not None
         own = update.weights
-        tensors.append(passed_through(own, update.lora_A, disk_name(weight, number, "A")))
-        planned_B = passed_through(own, update.lora_B, disk_name(weight, number, "B"))
+        tensors.append(passed_through(own, update.lora_A, disk_name(weight, number, base, "A")))
+        planned_B = passed_through(own, update.lora_B, disk_name(weight, number, base, "B"))
         if update.scale != scale:
             # A product with the ratio fits 16 bits only by chance.
             dtype = "F64" if planned_B.dtype == "F64" else "F32"
@@ -140,7 +140,7 @@ def _compressed(
         for factor, matrix in (("A", factors.lora_A), ("B", factors.lora_B)):
             kept = spool.add(matrix.to(own.dtype))
             tensors.append(
-                Planned(disk_name(weight, number, factor), base.weights.dtype(weight), tuple(matrix.shape), kept)
+                Planned(disk_name(weight, number, base, factor), base.weights.dtype(weight), tuple(matrix.shape), kept)
             )
     return FfnExpert(_entry(name, 1.0, ranks, base), tensors, errors)
 
@@ -150,7 +150,7 @@ def _whole(expert: Expert, number: int, base: Base, names: list[str]) -> FfnExpe
     tensors = []
     for name in names:
         if name in base.weights:
-            tensors.append(_own_tensor(name, disk_name(name, number), base, expert.updates.get(name)))
+            tensors.append(_own_tensor(name, disk_name(name, number, base), base, expert.updates.get(name)))
     return FfnExpert({"name": expert.name, "kind": "dense"}, tensors)
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mergekit_moe.architectures import architecture_of
 from mergekit_moe.checkpoint import REPORT, read_config, shards_of
 from mergekit_moe.errors import ExpertError
 from mergekit_moe.experts import Base, Expert
@@ -86,14 +87,18 @@ def base_within(unified: Unified) -> Base:
     named = unified.report["base_model"]
     source = Resolved(unified.folder, named["source"], named["revision"])
     shards = shards_of(unified.folder, str(unified.folder))
+    projections = {name.replace(".", "_"): name for name in architecture_of(config, str(unified.folder)).projections}
     held = {name for header in shards.values() for name in header}
     for shard, header in shards.items():
         own = {name: facts for name, facts in header.items() if ".router." not in name and not _EXPERT.fullmatch(name)}
         for name, facts in header.items():
             match = _EXPERT.fullmatch(name)
             whole = match is not None and match["number"] == "0" and ".lora_" not in name
-            if match and whole and f"{match['block']}.{match['rest']}" not in held:
-                own[f"{match['block']}.{match['rest']}"] = facts
+            if match and whole:
+                projection, _, part = match["rest"].rpartition(".")
+                named = f"{match['block']}.{projections[projection]}.{part}"
+                if named not in held:
+                    own[named] = facts
         shards[shard] = own
     return Base(source, config, Weights(unified.folder, shards, str(unified.folder)))
 

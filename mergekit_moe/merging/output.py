@@ -51,9 +51,11 @@ def write_checkpoint(out: Path, sections: list[list[Planned]]) -> dict[str, str]
 
 
 def copy_companions(base: Base, out: Path) -> None:
-    """Copy the base's tokenizer and generation files, byte for byte."""
+    """Copy the base's tokenizer, generation and pooling files, byte for byte."""
     for file in companions(base.source.folder):
-        shutil.copyfile(file, out / file.name)
+        copy = out / file.relative_to(base.source.folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def typed_config(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:

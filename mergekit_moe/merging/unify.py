@@ -37,8 +37,9 @@ def merge_experts(
     seed: int = 0,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, str]:
-    """Write a MoE checkpoint that AutoModelForCausalLM loads to the folder `out`; return its shards' sha256.
+    """Write a MoE checkpoint to the folder `out`; return its shards' sha256.
 
+    AutoModelForCausalLM loads it; of a text encoder, AutoModel and sentence-transformers.
     The base FFN is stored once, if any expert is factored; routers that are fitted on proxies are still blank.
 
     Args:
@@ -84,16 +85,16 @@ def moe_config(
     base: Base, experts: list[Expert], members: list[FfnExpert], merge: Merge, router: Router
 ) -> dict[str, Any]:
     """Return the config.json of the unified model: the base's own, plus experts and router."""
-    prefix = base.architecture.class_prefix
+    prefix, head = base.architecture.class_prefix, base.architecture.head
     excluded = sorted({token for expert in experts for token in expert.about.get("domain_free_token_ids", [])})
     config = {
         **base.config,
         "model_type": f"metamoe_{base.config['model_type']}",
-        "architectures": [f"MetaMoe{prefix}ForCausalLM"],
+        "architectures": [f"MetaMoe{prefix}{head}"],
         "auto_map": {
             "AutoConfig": f"configuration_metamoe.MetaMoe{prefix}Config",
             "AutoModel": f"modeling_metamoe.MetaMoe{prefix}Model",
-            "AutoModelForCausalLM": f"modeling_metamoe.MetaMoe{prefix}ForCausalLM",
+            f"AutoModel{head.removeprefix('Model')}": f"modeling_metamoe.MetaMoe{prefix}{head}",
         },
         "experts": [member.entry for member in members],
         "num_experts_per_tok": merge.top_k,

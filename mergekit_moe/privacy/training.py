@@ -134,7 +134,9 @@ def _step(wrapped: Any, optimizer: Any, trained: list[Any], rows: list[Any], mos
 
 
 def row_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Return (B,) each row's mean loss over the tokens that it learns, nats."""
+    """Return (B,) each row's mean loss over the tokens that it learns, or an encoder's over its label, nats."""
+    if batch["labels"].ndim == 1:
+        return model(**batch).losses
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     targets = batch["labels"][:, 1:]
     losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)

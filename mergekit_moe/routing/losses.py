@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mergekit_moe.data import IGNORED
+from mergekit_moe.data import to_learn
 from mergekit_moe.models import RouterCall
 
 
@@ -34,11 +34,11 @@ def count(labels: Tensor, routed: Tensor, expert: Tensor, experts: int) -> Count
     """Return a batch's counts.
 
     Args:
-        labels: (B, T).
+        labels: (B, T); an encoder's (B,).
         routed: (B, T) bool.
         expert: (B,) numbers of the experts.
     """
-    return Counts((labels[:, 1:] != IGNORED).sum(), torch.bincount(_owners(routed, expert), minlength=experts))
+    return Counts(to_learn(labels).sum(), torch.bincount(_owners(routed, expert), minlength=experts))
 
 
 def domain_loss(calls: list[RouterCall], expert: Tensor, routed_K: Tensor | None = None) -> Tensor:

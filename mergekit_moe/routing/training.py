@@ -13,11 +13,19 @@ from torch.nn import functional as F
 from transformers.core_model_loading import revert_weight_conversion
 
 from mergekit_moe.checkpoint import INDEX, REPORT, read_config
-from mergekit_moe.data import batches
+from mergekit_moe.data import batches, to_learn
 from mergekit_moe.modeling.dense_metamoe import DenseExperts
 from mergekit_moe.modeling.experts_metamoe import LowRank
 from mergekit_moe.modeling.routing_metamoe import ContextRouter
-from mergekit_moe.models import RouterCall, load_model, recorded_routers, routers_of, scored_inputs
+from mergekit_moe.models import (
+    RouterCall,
+    add_teacher,
+    load_model,
+    network_of,
+    recorded_routers,
+    routers_of,
+    scored_inputs,
+)
 from mergekit_moe.router_recipe import NO_PROXIES, Router, RouterTraining
 from mergekit_moe.routing.losses import Counts, balance_loss, count, domain_loss, z_loss
 from mergekit_moe.routing.start import STARTS, Material, gather_for
@@ -118,7 +126,8 @@ def fit_routers(
         gathered: the folders that `gather_expert` wrote, one an expert; without them, the proxies are passed over here.
     """
     model = load_model(merged)
-    learnt, held_out = hold_out(proxies)
+    # Proxies have no labels: an encoder's task is to say of each what its own expert says.
+    learnt, held_out = hold_out(add_teacher(model, proxies))
     start_routers(Material(model, learnt, settings, seed, published, base, list(gathered)))
     report: dict[str, Any] = {"start": settings.start, "held_out": {settings.start: judge(model, held_out)}}
     if settings.training is not None:
@@ -213,7 +222,7 @@ def judge(model: "PreTrainedModel", proxies: "Dataset") -> dict[str, float]:
     with recorded_routers(model) as calls:
         for batch in batches(proxies, _BATCH, model.device):
             expert = batch.pop("expert")
-            labels = int((batch["labels"][:, 1:] >= 0).sum())
+            labels = int(to_learn(batch["labels"]).sum())
             loss += float(model(**batch, use_cache=False).loss) * labels
             tokens += labels
             routed = calls[0].routing.token_mask
@@ -286,14 +295,17 @@ def _write(model: "PreTrainedModel", merged: Path, out: Path, settings: Router) 
     """Write `merged` with what was fitted: every other file is the same one on disk (a hard link where possible)."""
     from safetensors.torch import load_file, save_file
 
+    model = network_of(model)
     fitted = trainable(model, settings.training or RouterTraining()) | trainable(model, RouterTraining())
     changed = revert_weight_conversion(model, {name: parameter.detach() for name, parameter in fitted.items()})
     weight_map = read_config(merged, INDEX, "merge")["weight_map"]
     shards = {weight_map[name] for name in changed}
-    for file in merged.iterdir():
+    for file in (file for file in merged.rglob("*") if file.is_file()):
         if file.name not in (*shards, MANIFEST, REPORT):
-            (out / file.name).unlink(missing_ok=True)  # of a run that was killed
-            link_or_copy(file, out / file.name)
+            copy = out / file.relative_to(merged)
+            copy.parent.mkdir(exist_ok=True)
+            copy.unlink(missing_ok=True)  # of a run that was killed
+            link_or_copy(file, copy)
     facts = {"routers_fitted": True, "experts_trained": len(shards) > 1}
     write_json(out / REPORT, {**read_config(merged, REPORT, "merge"), **facts})
     for shard in shards:

@@ -1,7 +1,5 @@
 """Sentence embeddings: unit vectors, float32, by sentence-transformers."""
 
-import importlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +12,6 @@ from mergekit_moe.errors import SelectionError
 from mergekit_moe.hub import Resolved, resolve_model
 from mergekit_moe.workspace import process_state
 
-_PACKAGE = "package:"
-
 
 def resolve_embedder(name: str, base: Path, tell: Callable[[str], None] = lambda line: None) -> Resolved:
     """Return where the embedder lies: a folder, an installed package's model, or a Hub repository at a commit.
@@ -24,20 +20,9 @@ def resolve_embedder(name: str, base: Path, tell: Callable[[str], None] = lambda
         tell: is given a sentence if the cache has to do for the Hub.
 
     Raises:
-        SelectionError: if the package isn't installed or holds no model.
-        ExpertError: if it is neither a folder nor to be had from the Hub.
+        ExpertError: if it is none of these.
     """
-    if not name.startswith(_PACKAGE):
-        return resolve_model(name, None, base, "selection.embedder", tell=tell)
-    package = name.removeprefix(_PACKAGE)
-    try:
-        folder = importlib.import_module(package).get_model_path()
-    except (ImportError, AttributeError):
-        raise SelectionError(
-            f"selection.embedder: {name} is not installed, or has no get_model_path(); "
-            "`pip install 'mergekit_moe[quickstart]'` brings the quickstart's, production recipes name a Hub id"
-        ) from None
-    return Resolved(Path(folder), name, importlib.metadata.version(package.replace("_", "-")))
+    return resolve_model(name, None, base, "selection.embedder", tell=tell)
 
 
 def load_embedder(folder: Path, max_length: int | None, backend: str = "torch") -> Any:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mergekit_moe.data import IGNORED
-from mergekit_moe.evaluation.compare import Domain, _expert_losses, routing_accuracy, row_losses
+from mergekit_moe.evaluation.compare import Domain, _expert_losses, routing_accuracy
+from mergekit_moe.evaluation.losses import row_losses
 from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
 from mergekit_moe.models import recorded_routers
 from mergekit_moe.recipe import Evaluation

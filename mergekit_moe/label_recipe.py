@@ -1,0 +1,34 @@
+"""The parts of the recipe that are for text encoders: rows with labels, and how texts are matched with them."""
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from mergekit_moe.spec import Spec
+
+if TYPE_CHECKING:
+    from mergekit_moe.recipe import Recipe
+
+
+class Matching(Spec):
+    """How a text encoder says which label a text has: by the cosine to each label's name, which the seed embeds."""
+
+    temperature: float = Field(0.05, gt=0)
+    """Cosines are divided by it; of the loss that experts learn by, and of the probabilities that are judged."""
+
+
+def check_labels(recipe: "Recipe") -> None:
+    """Raise ValueError unless all experts' rows have labels, or none; other rows have none."""
+    if any(source.label is not None for source in recipe.pool_sources):
+        raise ValueError("public_pool: proxies are read without labels; drop 'label'")
+    if not recipe.matches_labels:
+        return
+    for expert in recipe.experts:
+        if any(source.label is None for source in expert.rows):
+            raise ValueError(
+                f"expert '{expert.name}': it has rows without 'label' and others have one; give all of them one, or none"
+            )
+    if not isinstance(recipe.base_model, str):
+        raise ValueError("base_model: a seed that is trained here is no text encoder, and 'label' needs one")
+    if recipe.comparison.strangers:
+        raise ValueError("comparison.strangers: text of no expert's domain has none of their labels; drop it")
