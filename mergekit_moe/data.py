@@ -283,7 +283,7 @@ def _rows_of(source: DataSource, data_dir: Path, what: str, public: bool) -> Ite
         tag = str(row[source.tag]) if source.tag else ""
         try:
             cells = task_cells(source, row, _render)
-            prompt, label = _render(source.prompt or "", row), _render(source.label or "", row).replace("_", " ")
+            prompt, label = _render(source.prompt or "", row), _label(source, row)
             row |= {CHOICE: cells[CHOICE]} if CHOICE in cells else {}
             pieces = _chunks(_render(source.text or source.completion or "", row), source.chunk)
         except (TypeError, ValueError) as error:
@@ -293,6 +293,18 @@ def _rows_of(source: DataSource, data_dir: Path, what: str, public: bool) -> Ite
             yield {"id": row_id, "prompt": prompt, "completion": piece, "tag": tag, "label": label} | {
                 name: cells[name] for name in TASK_COLUMNS if name in cells
             }
+
+
+def _label(source: DataSource, row: dict[str, Any]) -> str:
+    """Return what a row's text is one of, as it is shown; "" where rows have no label.
+
+    Raises:
+        ValueError: if this row alone has none: nothing could be learnt from it, nor judged by it.
+    """
+    label = _render(source.label or "", row).replace("_", " ")
+    if source.label is not None and not label.strip():
+        raise ValueError(f"the label {source.label} is empty; fill it in, or leave such rows out by 'where'")
+    return label
 
 
 def _load(source: DataSource, data_dir: Path, what: str, public: bool) -> "Dataset | IterableDataset":

@@ -26,7 +26,7 @@ def check_labels(recipe: "Recipe") -> None:
     for expert in recipe.experts:
         if any(source.label is None for source in expert.rows):
             raise ValueError(
-                f"expert '{expert.name}': it has rows without 'label' and others have one; give all of them one, or none"
+                f"expert '{expert.name}': it has rows without 'label', and others have one; give it to all, or to none"
             )
     if not isinstance(recipe.base_model, str):
         raise ValueError("base_model: a seed that is trained here is no text encoder, and 'label' needs one")

@@ -205,3 +205,10 @@ def test_shared_chats_of_either_spelling(tmp_path: Path) -> None:
         tmp_path / "d.jsonl", [{"turns": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}]
     )
     assert load_rows([source(text="{turns}")], tmp_path, "x")["completion"][0] == "human: hi\ngpt: hello"
+
+
+@pytest.mark.parametrize("kind", ["", "_", None])
+def test_a_row_without_its_label_is_named(kind: str | None, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [{"q": "two and two?", "kind": "maths"}, {"q": "what is this?", "kind": kind}])
+    with pytest.raises(DataError, match=r"expert 'law', test: d.jsonl, row 1: the label {kind} is empty; fill it in"):
+        load_rows([source(text="{q}", label="{kind}")], tmp_path, "expert 'law', test")

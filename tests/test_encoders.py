@@ -337,7 +337,7 @@ def test_what_an_encoder_can_t_do_is_said_before_any_work(
 @pytest.mark.parametrize(
     ("broken", "expected"),
     [
-        ({"text": "{text}"}, "expert 'sailing': it has rows without 'label' and others have one"),
+        ({"text": "{text}"}, "expert 'sailing': it has rows without 'label', and others have one"),
         ({"prompt": "{text}", "completion": "{intent}", "label": "{intent}"}, "'label' is what a 'text' is one of"),
         ({"text": "{text}", "label": "{intent"}, "template"),
         ({"text": "{text}", "label": "{nothing}"}, "has no column 'nothing'"),
