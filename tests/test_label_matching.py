@@ -14,22 +14,30 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import write_jsonl
-from peft import PeftModel
+from conftest import randomise, write_jsonl
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from test_pipeline import WORDS, metamoe
 from transformers import AutoModel, BertTokenizer
 
-from mergekit_moe.alignment import align_expert
 from mergekit_moe.data import batches, load_rows, split_held_out, tokenize
 from mergekit_moe.matching import LabelMatcher, Labels
-from mergekit_moe.models import load_expert, load_labels, load_model, load_tokenizer, routers_of
-from mergekit_moe.privacy.accounting import MECHANISM
-from mergekit_moe.privacy_recipe import Privacy, PrivateExpert
+from mergekit_moe.models import (
+    add_teacher,
+    as_used,
+    load_expert,
+    load_labels,
+    load_model,
+    load_network,
+    load_tokenizer,
+    routers_of,
+)
+from mergekit_moe.privacy.accounting import Mechanism
+from mergekit_moe.privacy.training import train_privately
 from mergekit_moe.pushing import files_to_push
-from mergekit_moe.recipe import Alignment, DataSource, Recipe
+from mergekit_moe.recipe import DataSource, Recipe, Training
 
 CLIENTS = ("cooking", "sailing", "algebra")
 TEMPERATURE = 0.1
@@ -248,23 +256,47 @@ def test_a_unified_encoder_is_pushed_with_how_it_pools(finished: tuple[Path, Pat
     }
 
 
-def test_an_encoder_s_expert_learns_by_dp_sgd_too(tmp_path: Path) -> None:
-    """Rows with a label and a proxy without one: each is clipped by itself, and the noise is accounted for."""
-    base, rows = encoder_folder(tmp_path / "encoder"), utterances("cooking", 600, 1)
-    names = sorted({row["intent"] for row in rows})
-    private = rows_of([*rows, {"text": "hoist the mainsail", "intent": ""}])
-    settings = Alignment(max_steps=3, batch_size=32, rank=1, learning_rate=1e-2, warmup_steps=0)
-    privacy = Privacy(expert=PrivateExpert(epsilon=50.0), delta=1e-4)
-    out = tmp_path / "expert"
-    out.mkdir()
-    align_expert(
-        *(base, private, settings),
-        **{"name": "cooking", "seed": 0, "out": out, "names": names, "temperature": TEMPERATURE},
-        **{"privacy": privacy, "private_rows": 600},
+def test_dp_sgd_clips_the_gradient_of_each_text_by_itself(tmp_path: Path) -> None:
+    """Opacus against autograd, with labels and without: one step of plain AdamW, no noise."""
+    base = encoder_folder(tmp_path / "encoder")
+    given = [*utterances("cooking", 4, 1), {"text": "hoist the mainsail", "intent": ""}]
+    names = sorted({row["intent"] for row in given} - {""})
+    rows = add_teacher(load_model(base), tokenize(rows_of(given), load_tokenizer(base), 32, names))
+    clip = 0.1
+    known = {"clip": clip, "rows_with_proxies": 5}
+    plan = Mechanism(
+        "expert", "test", 0.0, 1e-6, 0.0, sampling_probability=1.0, steps=1, noise_to_signal=0.0, parameters=known
     )
-    assert json.loads((out / MECHANISM).read_text())["steps"] == 3
-    weights = load_file(out / "adapter_model.safetensors")
-    assert all(tensor.abs().max() > 0 for tensor in weights.values()), "every factor has moved"
+    settings = Training(max_steps=1, batch_size=2, learning_rate=1e-2, scheduler="constant")
+    model, reference = (adapted(base, names) for _ in range(2))
+    train_privately(model, rows, settings, plan, name="cooking")
+    expected = [p for p in reference.parameters() if p.requires_grad]
+    total = [torch.zeros_like(p) for p in expected]
+    for batch in batches(rows, 1, "cpu"):
+        gradients = torch.autograd.grad(reference(**batch).loss, expected)
+        length = float(torch.cat([g.flatten() for g in gradients]).norm())
+        for kept, gradient in zip(total, gradients, strict=True):
+            kept += gradient * min(1.0, clip / length) / len(rows)
+    optimizer = torch.optim.AdamW(expected, lr=1e-2, weight_decay=0.0)
+    for parameter, gradient in zip(expected, total, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter, wanted, gradient in zip(trained, expected, total, strict=True):
+        large = gradient.abs() > 1e-5  # Adam's first step is a sign: rounding decides where there is no gradient
+        torch.testing.assert_close(parameter[large], wanted[large], atol=2e-5, rtol=0)
+
+
+def adapted(base: Path, names: list[str]) -> LabelMatcher:
+    """Return a matcher of the base with a random adapter that trains, without dropout."""
+    torch.manual_seed(1)
+    config = LoraConfig(task_type="FEATURE_EXTRACTION", r=2, target_modules=["intermediate.dense"])
+    network = get_peft_model(load_network(base), config)
+    randomise(network)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return as_used(network, base, load_labels(base, names, TEMPERATURE))
 
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta"])
