@@ -271,6 +271,35 @@ def inspect(
 
 
 @app.command()
+def harness(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model's folder.")],
+    tasks: Annotated[str, typer.Option("--tasks", help="Names of tasks or groups, with commas between.")],
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", help="A folder with more tasks, in the harness's YAML.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows a task, the first ones.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 16,
+    out: Annotated[Path | None, typer.Option("--out", help="A JSON file for the results.")] = None,
+) -> None:
+    """Judge a model by tasks of EleutherAI's lm-evaluation-harness, by its own code (the extra `harness`)."""
+    from mergekit_moe.harness import metric_rows, run_harness
+    from mergekit_moe.workspace import write_json
+
+    names = [name for part in tasks.split(",") if (name := part.strip())]
+    found = run_harness(model, names, include_path=include_path, limit=limit, batch_size=batch_size)
+    header, rows = metric_rows(found)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, title in enumerate(header):
+        table.add_column(title, justify="right" if number > 2 else "left")
+    for row in rows:
+        table.add_row(*map(_escaped, row))
+    console.print(table)
+    if out is not None:
+        write_json(out, found)
+        _tell(f"results: {out}")
+
+
+@app.command()
 def push(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="experts/<name>, proxy-sets/<name>, a unified model, or an export.")

@@ -33,5 +33,9 @@ class HubError(MetaMoeError):
     """The Hub doesn't take or find what it was asked to, or a folder is none that may be pushed there."""
 
 
+class HarnessError(MetaMoeError):
+    """lm-evaluation-harness isn't there, or can't do what it was asked to."""
+
+
 class PrivacyError(MetaMoeError):
     """A guarantee can't be given as asked."""

@@ -18,8 +18,8 @@ MATERIAL = {
 }
 STAGES = {"alignment", "cards", "evaluation", "export", "merging", "publication", "routing", "seed", "selection"}
 TOP = {
-    *("auditing", "carding", "cli", "comparing", "exporting", "finding", "job", "members", "methods", "plan"),
-    *("pipeline", "protecting", "pushing", "selecting", "__main__"),
+    *("auditing", "carding", "cli", "comparing", "exporting", "finding", "harness", "job", "members", "methods"),
+    *("plan", "pipeline", "protecting", "pushing", "selecting", "__main__"),
 }
 MODELING = {"modeling"}
 
