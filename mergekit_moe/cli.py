@@ -285,15 +285,8 @@ def harness(
     from mergekit_moe.harness import metric_rows, run_harness
     from mergekit_moe.workspace import write_json
 
-    names = [name for part in tasks.split(",") if (name := part.strip())]
-    found = run_harness(model, names, include_path=include_path, limit=limit, batch_size=batch_size)
-    header, rows = metric_rows(found)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, title in enumerate(header):
-        table.add_column(title, justify="right" if number > 2 else "left")
-    for row in rows:
-        table.add_row(*map(_escaped, row))
-    console.print(table)
+    found = run_harness(model, _listed(tasks), include_path=include_path, limit=limit, batch_size=batch_size)
+    _print_table(found["model"], *metric_rows(found))
     if out is not None:
         write_json(out, found)
         _tell(f"results: {out}")

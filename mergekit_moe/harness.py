@@ -42,6 +42,8 @@ def run_harness(
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise HarnessError(f"{folder} has no {name}; give the folder of a causal language model with its tokenizer")
+    if not tasks:
+        raise HarnessError("--tasks names none; give names of tasks or groups, such as arc_easy,hellaswag")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _manager_of(tasks, include_path)
     try:
@@ -70,8 +72,9 @@ def metric_rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             error = metrics.get(f"{metric}_stderr,{filtered}")
             samples = found["n-samples"].get(task, {}).get("effective", "")
             stated = f"{error:.4f}" if isinstance(error, float) else "-"
-            rows.append([task, metric, filtered, f"{value:.4f}", stated, str(samples)])
-    return ["task", "metric", "filter", "value", "std. error", "rows"], rows
+            name = f"{task}: {metric}" + ("" if filtered == "none" else f" ({filtered})")
+            rows.append([name, f"{value:.4f}", stated, str(samples)])
+    return ["task: metric (filter)", "value", "std. error", "rows"], rows
 
 
 def _manager_of(tasks: list[str], include_path: Path | None) -> Any:

@@ -135,6 +135,9 @@ def test_what_can_t_be_done_is_one_sentence(tasks: Path, tmp_path: Path, command
     code, _, errors = command("harness", folder, "--tasks", "tiny_choices", "--include-path", tmp_path / "nowhere")
     assert code == 2
     assert "is no folder" in errors
+    code, _, errors = command("harness", folder, "--tasks", ",")
+    assert code == 2
+    assert "--tasks names none" in errors
     (tmp_path / "d.jsonl").unlink()
     code, _, errors = command("harness", folder, "--tasks", "tiny_choices", "--include-path", tasks)
     assert (code, errors.count("error:")) == (2, 1)
