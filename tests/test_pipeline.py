@@ -546,7 +546,7 @@ def _folder_in_the_way(values: dict[str, Any], folder: Path) -> None:
         (_empty_client, "expert 'sailing', private: sailing.jsonl can't be read"),
         (_budget_above_the_pool, "selection.budget is 201 but public_pool has only 200 rows"),
         (_missing_base, "base_model: ./no-such-folder is not a folder"),
-        (_unknown_family, "base_model: model_type is 'gpt2'; supported are gemma, "),
+        (_unknown_family, "base_model: model_type is 'gpt2'; supported are bert, "),
         (_other_size, "expert 'sailing': base_model.model.model.layers.0.mlp"),
         (_other_base, "expert 'sailing': it was trained on another base model"),
         (_no_proxies, "has no proxies.json, so the router can't learn its domain"),
