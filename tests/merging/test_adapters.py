@@ -181,4 +181,5 @@ def test_a_head_that_the_base_ties_is_left_out_and_told(tmp_path: Path, settings
 
 def test_families_tie_their_heads_where_the_library_does() -> None:
     for name, architecture in ARCHITECTURES.items():
-        assert architecture.tied == AutoConfig.for_model(name).tie_word_embeddings, name
+        if not architecture.encoder:  # which is used without a head
+            assert architecture.tied == AutoConfig.for_model(name).tie_word_embeddings, name
