@@ -67,7 +67,7 @@ def comparison_rows(comparison: dict[str, Any], groups: tuple[str, ...]) -> tupl
     strangers = sorted({name for r in _results(comparison) for name in r.get("strangers", {})})
     unit = "accuracy" if metric == "accuracy" else "nats a token"
     header = [f"{unit}", *domains, "average", "retention", "routing acc."]
-    header += [f"{name}: loss over seed's" for name in strangers] + ["speed", "unify, s", "trained"]
+    header += [f"{name}: loss over seed's" for name in strangers] + ["speed", "unify, s", "trained", "runs"]
     rows = []
     for method in comparison["methods"].values():
         if method["group"] not in groups:
@@ -83,6 +83,7 @@ def comparison_rows(comparison: dict[str, Any], groups: tuple[str, ...]) -> tupl
         row.append(_spread([_speed(r, seed) for r, seed in over], digits=2, alone=True))
         row.append(_spread([sum(r["seconds"].values()) if "seconds" in r else None for r in results], digits=0))
         row.append(f"{max(r.get('trainable_parameters', 0) for r in results):,}")
+        row.append(str(len(results)))
         rows.append(row)
     return header, rows
 

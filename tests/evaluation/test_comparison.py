@@ -68,6 +68,6 @@ def test_tables_hold_means_and_spreads(tmp_path: Path) -> None:
     assert ours["average"] == "3.325 ± 0.247"
     assert ours["retention"] == "0.825 ± 0.106"
     assert ours["nobody: loss over seed's"] == "+10.0%"
-    assert (ours["speed"], ours["unify, s"]) == ("0.90", "3 ± 0")
+    assert (ours["speed"], ours["unify, s"], ours["runs"]) == ("0.90", "3 ± 0", "2")
     write_tables(found, tmp_path)
     assert "| **ours** | 2.600 ± 0.566 |" in (tmp_path / "comparison.md").read_text()
