@@ -105,7 +105,7 @@ def _plant(job: Job, client: ExpertSource, scratch: Path) -> tuple[Job, "Dataset
     assert private is not None
     count = max(_FEWEST, min(_MOST_CANARIES, len(private) // 5))
     words = " ".join(data.Texts(job.pool)[: 10 * _MOST_TEXTS]).split()
-    names = _label_names(private) or [""]
+    names = data.label_names(private) or [""]
     made = [
         {"id": f"canary-{i}", "prompt": "", "completion": text, "tag": "", "label": names[i % len(names)]}
         for i, text in enumerate(canaries(words, 2 * count, job.recipe.seed))
@@ -127,10 +127,6 @@ def _plant(job: Job, client: ExpertSource, scratch: Path) -> tuple[Job, "Dataset
     return planted, members, others
 
 
-def _label_names(rows: "Dataset") -> list[str]:
-    return sorted(set(rows["label"]) - {""})
-
-
 def _attack(
     job: Job, client: ExpertSource, published: Path, members: "Dataset", others: "Dataset", kind: str
 ) -> list[dict[str, Any]]:
@@ -140,7 +136,7 @@ def _attack(
     from mergekit_moe.models import load_expert, load_labels, load_model, load_tokenizer, read_statistics
     from mergekit_moe.privacy.statistics import text_vectors
 
-    names, tokenizer = _label_names(job.private_rows(client)), load_tokenizer(job.base.folder)
+    names, tokenizer = data.label_names(job.private_rows(client)), load_tokenizer(job.base.folder)
     labels = load_labels(job.base.folder, names, job.recipe.matching.temperature)
     base, expert = load_model(job.base.folder, labels).eval(), load_expert(job.base.folder, published, labels).eval()
     settings = job.recipe.alignment

@@ -32,7 +32,6 @@ _UNIFYING = ("public_pool", "data_dir", "seed", "merge", "router")
 """Parts that are all that who unifies published experts needs."""
 _FOR_MOE = ("merge", "router", "export")
 """Parts that a recipe for one dense model can't have as they are."""
-_VOTES = ("btm", "btm-posterior")
 
 
 def compare(job: Job, *, only: Sequence[str] = (), seeds: Sequence[str] = ()) -> dict[str, Any]:
@@ -190,10 +189,10 @@ def _unmerged(job: Job, name: str, labels: "Labels | None") -> "tuple[Predict, l
     if name == "seed":
         model = load_model(job.base.folder, labels)
         return by_model(model), [model]
-    own = name.removeprefix("expert-")
-    chosen = [expert.folder for expert in job.experts() if own in (expert.name, *_VOTES)]
-    models = [load_expert(job.base.folder, folder, labels) for folder in chosen]
+    folders = {f"expert-{expert.name}": expert.folder for expert in job.experts()}
     votes = {"btm": by_vote, "btm-posterior": by_posterior}
+    chosen = folders.values() if name in votes else [folders[name]]
+    models = [load_expert(job.base.folder, folder, labels) for folder in chosen]
     return (votes[name](models) if name in votes else by_model(models[0])), models
 
 

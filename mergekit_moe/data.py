@@ -152,6 +152,11 @@ def texts_of(rows: "Dataset") -> list[str]:
     return [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
 
 
+def label_names(*parts: "Dataset") -> list[str]:
+    """Return every label that any of these rows has, sorted."""
+    return sorted({label for rows in parts for label in rows["label"]} - {""})
+
+
 class Texts(Sequence[str]):
     """`texts_of`, read from the rows when asked for: a pool need not fit into memory."""
 

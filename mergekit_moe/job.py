@@ -103,7 +103,7 @@ class Job:
     def label_names(self) -> list[str]:
         """Every label that any expert's rows have, of all domains together: what each text is judged against."""
         rows = [self.rows(expert) for expert in self.recipe.experts if self.recipe.matches_labels]
-        return sorted({label for pair in rows for part in pair if part is not None for label in part["label"]} - {""})
+        return data.label_names(*(part for pair in rows for part in pair if part is not None))
 
     @property
     def base_license(self) -> str:

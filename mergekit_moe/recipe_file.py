@@ -23,10 +23,7 @@ def load_recipe(path: Path, data_dir: Path | None = None) -> Recipe:
         if isinstance(expert, dict) and isinstance(expert.get("client"), str):
             expert["client"] = _read_yaml(path.parent / expert["client"])
     values["data_dir"] = str(data_dir or path.parent / str(values.get("data_dir", ".")))
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError("\n".join(f"{path}: {_sentence(e)}" for e in error.errors())) from None
+    return _validated(values, str(path))
 
 
 def change_recipe(recipe: Recipe, changes: dict[str, Any], what: str, *, without: Collection[str] = ()) -> Recipe:
@@ -46,8 +43,12 @@ def change_recipe(recipe: Recipe, changes: dict[str, Any], what: str, *, without
             raise RecipeError(f"{what}.experts: there is no expert '{name}'; there are {', '.join(experts)}")
         values["experts"] = list(_changed(experts, changed).values())
         changes = {key: value for key, value in changes.items() if key != "experts"}
+    return _validated(_changed(values, changes), what)
+
+
+def _validated(values: dict[str, Any], what: str) -> Recipe:
     try:
-        return Recipe.model_validate(_changed(values, changes))
+        return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError("\n".join(f"{what}: {_sentence(e)}" for e in error.errors())) from None
 

@@ -68,6 +68,16 @@ FFN = {
     "ViT": PLAIN,
 }
 
+WITHOUT_PACKAGE = """
+import sys
+class Forbidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "mergekit_moe":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Forbidden())
+"""
+"""Begins a script for a process that can't import mergekit_moe."""
+
 
 @pytest.fixture(params=DECODERS)
 def family(request: pytest.FixtureRequest) -> str:

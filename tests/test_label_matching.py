@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import randomise, write_jsonl
+from conftest import WITHOUT_PACKAGE, randomise, write_jsonl
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -205,12 +205,7 @@ def test_a_text_is_matched_alike_alone_and_in_any_batch(finished: tuple[Path, Pa
 
 
 LOAD = """
-import sys, numpy
-class Forbidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "mergekit_moe":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Forbidden())
+import numpy
 from sentence_transformers import SentenceTransformer
 model = SentenceTransformer(sys.argv[1], trust_remote_code=True)
 assert type(model[0].auto_model).__name__ == "MetaMoeBertModel", type(model[0].auto_model)
@@ -224,7 +219,7 @@ def test_sentence_transformers_loads_the_unified_model_without_the_package(
 ) -> None:
     folder, workspace = finished
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", LOAD, str(workspace / "model"), str(tmp_path / "vectors.npy")]
+    command = [sys.executable, "-c", WITHOUT_PACKAGE + LOAD, str(workspace / "model"), str(tmp_path / "vectors.npy")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     vectors = torch.nn.functional.normalize(torch.from_numpy(np.load(tmp_path / "vectors.npy")), dim=-1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DECODERS, ENCODERS, tiny_moe, tokens
+from conftest import DECODERS, ENCODERS, WITHOUT_PACKAGE, tiny_moe, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_encoders import VISION, inputs
@@ -16,13 +16,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 from mergekit_moe.models import routers_of
 
 LOAD_ALL = """
-import sys, torch
+import torch
 from pathlib import Path
-class Forbidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "mergekit_moe":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Forbidden())
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 for folder in sorted(Path(sys.argv[1]).iterdir()):
@@ -54,7 +49,11 @@ def loaded_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / name / "decoder").touch()
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "modules")}
     done = subprocess.run(
-        [sys.executable, "-c", LOAD_ALL, folder], capture_output=True, text=True, env=environment, cwd=folder
+        [sys.executable, "-c", WITHOUT_PACKAGE + LOAD_ALL, folder],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
