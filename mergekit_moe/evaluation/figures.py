@@ -121,9 +121,10 @@ def draw_ablations(comparison: dict[str, Any]) -> Figure:
 def write_figures(comparison: dict[str, Any], folder: Path) -> list[Path]:
     """Write the pictures that a comparison has numbers for as PNG files; return their paths."""
     drawn = {"retention.png": draw_retention}
-    if all("routing" in run for run in _ours(comparison)["seeds"].values()):
+    ours = _of_groups(comparison, "ours")  # may not have run yet: methods can be run one by one
+    if ours and all("routing" in run for run in ours[0]["seeds"].values()):
         drawn["routing.png"] = draw_routing
-    if _of_groups(comparison, "ablation"):
+    if ours and _of_groups(comparison, "ablation"):
         drawn["ablations.png"] = draw_ablations
     for name, draw in drawn.items():
         # No date or version in the file: the same comparison gives the same bytes.

@@ -135,3 +135,9 @@ def test_files_are_the_same_bytes_each_time_and_only_what_there_are_numbers_for(
     for run in numbers["methods"]["ours"]["seeds"].values():
         del run["routing"]
     assert [path.name for path in write_figures(numbers, tmp_path / "again")] == ["retention.png"]
+
+
+def test_before_ours_has_run_there_are_bars_alone(tmp_path: Path) -> None:
+    numbers = comparison()
+    del numbers["methods"]["ours"]
+    assert [path.name for path in write_figures(numbers, tmp_path)] == ["retention.png"]
