@@ -101,7 +101,7 @@ def _measure_method(job: Job, name: str, method: Method) -> None:
     picked = {source.name: _picked(experts, variant, source) for source in job.recipe.experts}
     inputs = {
         "method": [changes, method.private and job.recipe.comparison.ceiling_rows],
-        "recipe": {key: getattr(changed, key).model_dump(mode="json") for key in _judging(changed)},
+        "recipe": {key: getattr(changed, key).model_dump(mode="json") for key in _judging(changed, method)},
         "base": job.base_identity,
         "experts": experts.expert_identities(),
         "proxies": list(picked.values()),
@@ -113,9 +113,10 @@ def _measure_method(job: Job, name: str, method: Method) -> None:
     job.workspace.build(f"methods/{name}", inputs, make)
 
 
-def _judging(recipe: Recipe) -> tuple[str, ...]:
+def _judging(recipe: Recipe, method: Method) -> tuple[str, ...]:
     """Return the parts of a recipe that change what a method is found to be worth."""
-    return ("merge", "router", "evaluation", *(["matching"] if recipe.matches_labels else []))
+    merging = () if method.changes is None else ("merge",) if method.dense else ("merge", "router")
+    return (*merging, "evaluation", *(["matching"] if recipe.matches_labels else []))
 
 
 def _variant(job: Job, name: str, changes: dict[str, Any]) -> Job:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from mergekit_moe.recipe import Recipe
 
 ORACLE = "oracle"
-_TASK_ALONE = {"task_weight": 1.0, "domain_weight": 0.0}
+_TASK_ALONE = {"task_weight": 1.0, "domain_weight": 0.0, "batch_size": 16}
 _TOP_2 = {"method": "moe", "top_k": 2, "anchor": False, "renormalise": True}
 
 

@@ -300,6 +300,7 @@ def _gathering(job: Job) -> list[tuple[str, dict[str, Any]]]:
     merged = job.workspace.folder("merged")
     shared = {
         "router": [router.context, router.context_weight, router.max_length],
+        "paths": ["own", "seed"],
         "base": job.base_stamp,
         "merge": [recipe.merge.dtype, recipe.merge.compress and recipe.merge.compress.model_dump()],
         "domain_free": read_json(merged / "config.json")["router_excluded_token_ids"],
@@ -316,7 +317,8 @@ def _gathering(job: Job) -> list[tuple[str, dict[str, Any]]]:
 def _gather(job: Job, number: int, out: Path) -> None:
     from mergekit_moe.routing.training import gather_expert
 
-    gather_expert(job.workspace.folder("merged"), _tokens_of(job, number), job.router, out)
+    merged, base = job.workspace.folder("merged"), job.base.folder
+    gather_expert(merged, _tokens_of(job, number), job.router, out, base=base)
 
 
 def _route(job: Job, out: Path) -> None:

@@ -75,8 +75,9 @@ class Router(Spec):
     (`hidden`) or of token embeddings (`cheap-embed`), as mergekit-moe has them. `linear` is random, for training to
     replace (BTX). Without any proxy: all experts alike (`uniform`, for `top_k` of all), at `random`, or by the
     direction of the input that each expert's weights answer most (`arrow`)."""
-    shrinkage: float = Field(0.1, ge=0, le=1)
-    """Share of a scaled identity in the covariance that `lda` and `ridge` divide by."""
+    shrinkage: float = Field(0.95, ge=0, le=1)
+    """Share of a scaled identity in the covariance that `lda` and `ridge` divide by; at 1, `lda` is the nearest centred
+    mean. Proxies aren't the clients' text, and what sets them apart in fine directions is seldom what sets it apart."""
     training: RouterTraining | None = RouterTraining()
     """null keeps the closed form."""
     max_length: int = Field(512, ge=16)

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mergekit_moe.data import batches
-from mergekit_moe.models import recorded_ffn_inputs
-from mergekit_moe.routing.statistics import add_over_processes
+from mergekit_moe.routing.statistics import add_over_processes, seed_ffn_inputs
 from mergekit_moe.workspace import process_state
 
 if TYPE_CHECKING:
@@ -31,11 +30,7 @@ def flexolmo(seed: Any, config: Any, proxies: "Dataset") -> Tensor:
     """
 
     def look(batch: dict[str, Tensor]) -> list[Tensor]:
-        with recorded_ffn_inputs(seed) as inputs:
-            seed(**batch, use_cache=False)
-        if config.router_input_norm:
-            return [F.rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6) for hidden in inputs]
-        return inputs
+        return seed_ffn_inputs(seed, batch, config)
 
     return _unit_means(seed, config, proxies, look)
 

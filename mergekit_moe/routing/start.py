@@ -47,7 +47,7 @@ class Material:
     def statistics(self) -> RoutingStatistics:
         if self.gathered:
             return read_statistics(self.gathered)
-        return gather_for(self.model, self.proxies, self.settings)
+        return gather_for(self.model, self.proxies, self.settings, self.base)
 
     def by_seed(self, rows: Callable[[Any, Any, "Dataset"], Tensor]) -> tuple[Tensor, Tensor]:
         """Return the rows that one of `seed_rows` makes, without bias."""
@@ -56,10 +56,15 @@ class Material:
         return weights, torch.zeros(weights.shape[:2])
 
 
-def gather_for(model: Any, proxies: "Dataset", settings: Router) -> RoutingStatistics:
-    """Return the statistics that a router of these settings is fitted on."""
+def gather_for(model: Any, proxies: "Dataset", settings: Router, base: Path | None) -> RoutingStatistics:
+    """Return the statistics that a router of these settings is fitted on.
+
+    Args:
+        base: the seed model's folder; without it, the own experts' path has to do.
+    """
     weight = settings.context_weight if settings.context != "none" else 0.0
-    return gather_statistics(model, proxies, context_weight=weight, batch_size=_BATCH)
+    seed = None if base is None else load_network(base).eval()
+    return gather_statistics(model, proxies, context_weight=weight, batch_size=_BATCH, seed=seed)
 
 
 def lda(statistics: RoutingStatistics, shrinkage: float) -> tuple[Tensor, Tensor]:

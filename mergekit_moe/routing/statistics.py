@@ -1,21 +1,25 @@
 """One pass over the proxies: the sums that closed-form routers are made of.
 
-Each proxy takes its own expert's path, so that an expert's sums depend on no other expert: kept on disk, they serve
-every merge that it is in, and a fit with one expert more takes a pass over that one's proxies alone.
+Each proxy takes its own expert's path and the seed's, so that an expert's sums depend on no other expert: kept on disk,
+they serve every merge that it is in, and a fit with one expert more takes a pass over that one's proxies alone.
+
+On its own path alone a text carries its expert's mark from the first layer on. Routers would learn to tell the mark and
+not the domain, and every layer would repeat what the first one said, its mistakes included.
 
 Shapes: L layers, K experts, H hidden.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mergekit_moe.data import batches
 from mergekit_moe.modeling.routing_metamoe import context_mean
-from mergekit_moe.models import RouterCall, recorded_routers, routers_of, scored_inputs
+from mergekit_moe.models import RouterCall, recorded_ffn_inputs, recorded_routers, routers_of, scored_inputs
 from mergekit_moe.workspace import is_main_process, process_state
 
 if TYPE_CHECKING:
@@ -30,7 +34,7 @@ class RoutingStatistics:
     """Exact running sums over routed tokens, float64."""
 
     count: Tensor
-    """(K,) tokens of each expert's proxies; the same in every layer."""
+    """(K,) tokens of each expert's proxies, once a path; the same in every layer."""
     total: Tensor
     """(L, K, H) sums of the router's feature."""
     second: Tensor
@@ -49,12 +53,18 @@ def router_feature(call: RouterCall, context_weight: float) -> Tensor:
 
 @torch.no_grad()
 def gather_statistics(
-    model: "PreTrainedModel", proxies: "Dataset", *, context_weight: float, batch_size: int
+    model: "PreTrainedModel",
+    proxies: "Dataset",
+    *,
+    context_weight: float,
+    batch_size: int,
+    seed: "PreTrainedModel | None" = None,
 ) -> RoutingStatistics:
-    """Send every proxy down its own expert's path and sum up what the routers would see there.
+    """Send every proxy down its own expert's path, and the seed's, and sum up what the routers would see there.
 
     Args:
         proxies: tokenised rows with a column `expert`, the number of the expert whose proxy it is.
+        seed: the seed model; without it, the own expert's path has to do.
     """
     layers, (experts, size) = len(routers_of(model)), routers_of(model)[0].weight.shape
     count = torch.zeros(experts, dtype=torch.float64)
@@ -64,12 +74,14 @@ def gather_statistics(
     present = owners.unique().tolist()
     for expert in present:
         own = proxies.select((owners == expert).nonzero()[:, 0].tolist())
-        count[expert], total[:, expert], gram = _sums(model, own, context_weight, batch_size)
+        count[expert], total[:, expert], gram = _sums(model, seed, own, context_weight, batch_size)
         second += gram / (count[expert] * len(present))
     return RoutingStatistics(count, total, second)
 
 
-def _sums(model: "PreTrainedModel", rows: "Dataset", context_weight: float, batch_size: int) -> list[Tensor]:
+def _sums(
+    model: "PreTrainedModel", seed: "PreTrainedModel | None", rows: "Dataset", context_weight: float, batch_size: int
+) -> list[Tensor]:
     """Return one expert's count (), total (L, H) and sums of outer products (L, H, H), over all processes."""
     state, size = process_state(), routers_of(model)[0].weight.shape[1]
     count = torch.zeros((), dtype=torch.float64)
@@ -80,12 +92,32 @@ def _sums(model: "PreTrainedModel", rows: "Dataset", context_weight: float, batc
         for batch in batches(rows, batch_size, model.device, mine):
             model(**scored_inputs(model, batch), forced_expert=batch["expert"], use_cache=False)
             routed = calls[0].routing.token_mask.expand(batch["input_ids"].shape)
-            count += int(routed.sum())
-            for layer, call in enumerate(calls):
-                features = router_feature(call, context_weight)[routed].cpu().double()
-                total[layer] += features.sum(0)
-                gram[layer] += features.T @ features
+            for path in [calls] if seed is None else [calls, _seeds_path(seed, batch, calls, model.config)]:
+                count += int(routed.sum())
+                for layer, call in enumerate(path):
+                    features = router_feature(call, context_weight)[routed].cpu().double()
+                    total[layer] += features.sum(0)
+                    gram[layer] += features.T @ features
     return add_over_processes(count, total, gram)
+
+
+def _seeds_path(seed: Any, batch: dict[str, Tensor], calls: list[RouterCall], config: Any) -> list[RouterCall]:
+    """Return the calls with what the routers would have seen if no expert had touched the text."""
+    inputs = seed_ffn_inputs(seed, scored_inputs(seed, batch), config)
+    return [call._replace(hidden=hidden) for call, hidden in zip(calls, inputs, strict=True)]
+
+
+def seed_ffn_inputs(seed: Any, inputs: dict[str, Tensor], config: Any) -> list[Tensor]:
+    """Return the seed's FFN inputs, (B, T, H) a layer, normalised where the unified model's routers normalise theirs.
+
+    Args:
+        config: the unified model's.
+    """
+    with recorded_ffn_inputs(seed) as seen:
+        seed(**inputs, use_cache=False)
+    if config.router_input_norm:
+        return [F.rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6) for hidden in seen]
+    return seen
 
 
 def add_over_processes(*tensors: Tensor) -> list[Tensor]:

@@ -122,7 +122,7 @@ def fit_routers(
         proxies: tokenised union of the proxies, with a column `expert`.
         published: the clients' own statistics, `count` (K,), `sum` (L, K, H) and `noise` (L, K), for starts made of
             them; they are over all proxies, those that judge included.
-        base: the seed model's folder, for starts made of what it says of the proxies.
+        base: the seed model's folder, for what it says of the proxies; the closed forms can do without it.
         gathered: the folders that `gather_expert` wrote, one an expert; without them, the proxies are passed over here.
     """
     model = load_model(merged)
@@ -145,15 +145,16 @@ def fit_routers(
         write_json(out / "router_training.json", report)
 
 
-def gather_expert(merged: Path, proxies: "Dataset", settings: Router, out: Path) -> None:
+def gather_expert(merged: Path, proxies: "Dataset", settings: Router, out: Path, *, base: Path | None = None) -> None:
     """Write to the folder `out` what the closed forms need of one expert's proxies, those that judge left out.
 
     Args:
         merged: a unified model that holds the expert; which others it holds changes nothing.
         proxies: the expert's own, tokenised, with its number in that model as the column `expert`.
+        base: the seed model's folder; without it, the own expert's path has to do.
     """
     learnt, _ = hold_out(proxies)
-    write_statistics(gather_for(load_model(merged).eval(), learnt, settings), proxies["expert"][0], out)
+    write_statistics(gather_for(load_model(merged).eval(), learnt, settings, base), proxies["expert"][0], out)
 
 
 def trainable(model: "PreTrainedModel", settings: RouterTraining) -> dict[str, torch.nn.Parameter]:

@@ -1,14 +1,16 @@
 """Closed-form routers against scikit-learn and by what they must not let happen."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_moe, tokens
+from conftest import tiny_dense, tiny_moe, tokens
 from datasets import Dataset
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from mergekit_moe.errors import DataError
-from mergekit_moe.models import recorded_routers, routers_of
+from mergekit_moe.models import recorded_ffn_inputs, recorded_routers, routers_of
 from mergekit_moe.routing import start
 from mergekit_moe.routing.statistics import RoutingStatistics, gather_statistics, router_feature
 
@@ -77,16 +79,22 @@ def proxies(rows: int = 12) -> Dataset:
 
 
 @pytest.mark.parametrize("context_weight", [0.0, 0.7])
-def test_statistics_are_exact_sums_however_they_are_batched(context_weight: float) -> None:
-    """Against the definition, one row at a time: each down its own expert's path, BOS left out."""
+@pytest.mark.parametrize("seed", [None, tiny_dense("Llama", seed=3).eval()], ids=["own path", "own and seed's path"])
+def test_statistics_are_exact_sums_however_they_are_batched(
+    context_weight: float, seed: torch.nn.Module | None
+) -> None:
+    """Against the definition, one row at a time: each down its own expert's path, and the seed's; BOS left out."""
     model, rows = tiny_moe("Llama"), proxies()
-    found = gather_statistics(model, rows, context_weight=context_weight, batch_size=5)
+    found = gather_statistics(model, rows, context_weight=context_weight, batch_size=5, seed=seed)
     count, total, gram = torch.zeros(3), torch.zeros(3, 3, 32).double(), torch.zeros(3, 3, 32, 32).double()
-    with recorded_routers(model) as calls, torch.no_grad():
-        for row in rows:
-            model(torch.tensor([row["input_ids"]]), forced_expert=torch.tensor([row["expert"]]))
-            for layer, call in enumerate(calls):
-                hidden = call.hidden[0, 1:].double()
+    paths = [(model, ["forced_expert"])] + ([] if seed is None else [(seed, [])])
+    with torch.no_grad():
+        for row, (path, takes) in itertools.product(rows, paths):
+            forced = {name: torch.tensor([row["expert"]]) for name in takes}
+            with recorded_ffn_inputs(path) as inputs:
+                path(torch.tensor([row["input_ids"]]), **forced)
+            for layer, hidden in enumerate(inputs):
+                hidden = hidden[0, 1:].double()
                 mean = hidden.cumsum(0) / torch.arange(1, len(hidden) + 1)[:, None]
                 feature = (1 - context_weight) * hidden + context_weight * mean
                 total[layer, row["expert"]] += feature.sum(0)

@@ -30,7 +30,7 @@ def merged(base_folder: Path, tmp_path: Path) -> dict[str, Path]:
     }
 
 
-def gathered(model: Path, out: Path) -> dict[str, Path]:
+def gathered(model: Path, out: Path, base: Path | None = None) -> dict[str, Path]:
     """Gather each expert's statistics over its own rows, which go by its name and not by its place."""
     folders = {}
     for number, name in enumerate(model.name):
@@ -38,7 +38,7 @@ def gathered(model: Path, out: Path) -> dict[str, Path]:
         own = own.remove_columns("expert").add_column("expert", [number] * len(own))
         folders[name] = out / name
         folders[name].mkdir(parents=True)
-        gather_expert(model, own, SETTINGS, folders[name])
+        gather_expert(model, own, SETTINGS, folders[name], base=base)
     return folders
 
 
@@ -52,9 +52,9 @@ def test_an_experts_statistics_depend_on_no_other_expert(merged: dict[str, Path]
     assert not torch.equal(load_file(here["b"] / STATISTICS)["total"], load_file(here["c"] / STATISTICS)["total"])
 
 
-def test_what_is_kept_is_the_pass_over_all_proxies(merged: dict[str, Path], tmp_path: Path) -> None:
-    kept = read_statistics(list(gathered(merged["abc"], tmp_path / "kept").values()))
-    whole = start.gather_for(load_model(merged["abc"]), hold_out(ROWS)[0], SETTINGS)
+def test_what_is_kept_is_the_pass_over_all_proxies(merged: dict[str, Path], base_folder: Path, tmp_path: Path) -> None:
+    kept = read_statistics(list(gathered(merged["abc"], tmp_path / "kept", base_folder).values()))
+    whole = start.gather_for(load_model(merged["abc"]), hold_out(ROWS)[0], SETTINGS, base_folder)
     assert torch.equal(kept.count, whole.count)
     torch.testing.assert_close(kept.total, whole.total, atol=1e-4, rtol=1e-6)
     torch.testing.assert_close(kept.second, whole.second, atol=1e-3, rtol=1e-5)
