@@ -147,14 +147,15 @@ def compare(
     from transformers.utils import logging
 
     from mergekit_moe.comparing import COMPARISON, compare
-    from mergekit_moe.evaluation.comparison import GROUPS, comparison_rows
+    from mergekit_moe.evaluation.comparison import GROUPS, TABLE, comparison_rows, for_a_terminal
 
     logging.disable_progress_bar()
     job = _job(recipe, workspace, data_dir)
     found = compare(job, only=_listed(only), seeds=_listed(seeds))
     for title, groups in GROUPS.items():
-        _print_table(title, *comparison_rows(found, groups))
-    console.print(f"comparison: {job.workspace.folder(COMPARISON)}", highlight=False, soft_wrap=True)
+        _print_table(title, *for_a_terminal(*comparison_rows(found, groups)))
+    whole = job.workspace.folder(COMPARISON) / TABLE
+    console.print(f"with each domain, in JSON and in pictures: {whole}", highlight=False, soft_wrap=True)
 
 
 @app.command()

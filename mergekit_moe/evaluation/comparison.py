@@ -11,6 +11,7 @@ ORACLE = "oracle"
 TABLE = "comparison.md"
 GROUPS = {"Methods": ("reference", "baseline", "ours", "ceiling"), "Ablations": ("ours", "ablation")}
 """Title of a table -> the groups of methods that it shows."""
+_ON_A_TERMINAL = ("average", "retention", "routing acc.", "runs")
 
 
 def assemble(methods: dict[str, Any], experts: list[str]) -> dict[str, Any]:
@@ -86,6 +87,12 @@ def comparison_rows(comparison: dict[str, Any], groups: tuple[str, ...]) -> tupl
         row.append(str(len(results)))
         rows.append(row)
     return header, rows
+
+
+def for_a_terminal(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns of a table that 80 characters have room for."""
+    kept = [0, *(place for place, title in enumerate(header) if title in _ON_A_TERMINAL)]
+    return [header[place] for place in kept], [[row[place] for place in kept] for row in rows]
 
 
 def write_tables(comparison: dict[str, Any], out: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mergekit_moe.evaluation.comparison import GROUPS, ORACLE, assemble, comparison_rows, write_tables
+from mergekit_moe.evaluation.comparison import GROUPS, ORACLE, assemble, comparison_rows, for_a_terminal, write_tables
 
 
 def method(group: str, *losses: tuple[float, float], **more: Any) -> dict[str, Any]:
@@ -71,3 +71,11 @@ def test_tables_hold_means_and_spreads(tmp_path: Path) -> None:
     assert (ours["speed"], ours["unify, s"], ours["runs"]) == ("0.90", "3 ± 0", "2")
     write_tables(found, tmp_path)
     assert "| **ours** | 2.600 ± 0.566 |" in (tmp_path / "comparison.md").read_text()
+
+
+def test_a_terminal_is_shown_the_means_alone() -> None:
+    header, rows = for_a_terminal(*comparison_rows(assemble(methods(), ["law", "art"]), GROUPS["Methods"]))
+    assert header == ["nats a token", "average", "retention", "routing acc.", "runs"]
+    assert rows[-1] == ["**ours**", "3.325 ± 0.247", "0.825 ± 0.106", "-", "2"]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    assert sum(width + 2 for width in widths) <= 80
