@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments, set_seed
@@ -88,6 +89,7 @@ def train(
         gradient_accumulation_steps=settings.gradient_accumulation,
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
         lr_scheduler_type=settings.scheduler,
         bf16=settings.bf16,
         use_cpu=process_state().device.type == "cpu",
@@ -109,12 +111,21 @@ def train(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # a GPU a process, by `accelerate launch`; never DataParallel
     callbacks = [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
     data = {"train_dataset": rows, "eval_dataset": judges, "data_collator": collate}
-    run = trainer(model=model, args=arguments, callbacks=callbacks, **data)
+    # Not by `optim`: not every release of the library hands its arguments on to SGD.
+    chosen = None if settings.optimizer == "adamw" else optimizer_of(settings)
+    run = trainer(model=model, args=arguments, callbacks=callbacks, optimizer_cls_and_kwargs=chosen, **data)
     _go_on(run, _last_checkpoint(scratch))
     wait_for_everyone()
     if is_main_process():
         shutil.rmtree(scratch, ignore_errors=True)
     return [entry for entry in run.state.log_history if "loss" in entry or "eval_loss" in entry]
+
+
+def optimizer_of(settings: Training) -> tuple[type[torch.optim.Optimizer], dict[str, float]]:
+    """Return an optimizer's class and its arguments, but for the weight decay."""
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD, {"lr": settings.learning_rate, "momentum": settings.momentum}
+    return torch.optim.AdamW, {"lr": settings.learning_rate}
 
 
 def _go_on(run: PartTrainer, checkpoint: Path | None) -> None:
