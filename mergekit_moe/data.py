@@ -147,6 +147,11 @@ def split_held_out(rows: "Dataset") -> tuple["Dataset", "Dataset"]:
     return learnt, rows.select([i for i, out in enumerate(held_out) if out])
 
 
+def without_task(rows: "Dataset") -> "Dataset":
+    """Return the rows without what their task asks: learnt is their completion."""
+    return rows.remove_columns([name for name in rows.column_names if name in TASK_COLUMNS])
+
+
 def texts_of(rows: "Dataset") -> list[str]:
     """Return what an embedder reads: prompt and completion as one text."""
     return [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
@@ -379,14 +384,19 @@ def _parts(template: str) -> list[tuple[str, str | None]]:
 
 
 def _as_text(value: Any) -> str:
-    """Return a cell as text; a dialogue (pairs of speaker and utterance, or chat messages) one line a turn."""
+    """Return a cell as text; a dialogue (pairs of speaker and utterance, or chat messages) one line a turn.
+
+    Choices with their labels, as CommonsenseQA and ARC hold them, are one line each, such as "A. ignore".
+    """
     if value is None:
         return ""
+    if isinstance(value, dict) and value.keys() == {"label", "text"}:
+        value = [f"{label}. {text}" for label, text in zip(value["label"], value["text"], strict=True)]
     if isinstance(value, list):
         return "\n".join(_as_turn(turn) for turn in value)
     if not isinstance(value, str | int | float):
         raise TypeError(
-            f"a template takes text, numbers or a list of turns, and this cell holds {type(value).__name__}"
+            f"a template takes text, numbers, choices or a list of turns, and this cell holds {type(value).__name__}"
         )
     return str(value)
 

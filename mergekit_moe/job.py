@@ -155,7 +155,8 @@ class Job:
             return None, held_out
         tell = self.workspace.report
         private = data.load_rows([client.private], self.data_dir, f"{what}, private", tell=tell)
-        return (private, held_out) if held_out is not None else data.split_held_out(private)
+        learnt, held_out = (private, held_out) if held_out is not None else data.split_held_out(private)
+        return data.without_task(learnt), held_out
 
     def use_rows(self, expert: ExpertSource, private: "Dataset", held_out: "Dataset | None") -> None:
         """Take these for an expert's rows, whatever the recipe says: an audit plants texts among them."""

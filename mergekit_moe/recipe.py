@@ -75,11 +75,12 @@ class DataSource(Spec):
         return self
 
 
-class HeldOut(DataSource):
-    """Rows that no stage learns from, and how models are judged by them."""
+class ClientRows(DataSource):
+    """Rows of a client's domain, to learn from or to judge by, and what they ask."""
 
     task: Task | None = None
-    """What to judge by beside the loss: `choices`, or an `answer` to be written."""
+    """What held-out rows are judged by beside the loss: `choices`, or an `answer` to be written. Of choices, the right
+    one is learnt."""
 
     @model_validator(mode="after")
     def _check_task(self) -> Self:
@@ -116,9 +117,9 @@ class Seed(Training):
 class Client(Spec):
     """Data that stays with a client."""
 
-    private: DataSource
+    private: ClientRows
     """What the client's expert is for. Read by `select` and `align`; they leave no copy of a row on disk."""
-    test: HeldOut | None = None
+    test: ClientRows | None = None
     """Held-out rows of the same domain, for `evaluate`; without it every tenth private row is held out."""
     prompts: list[Annotated[str, Field(min_length=1)]] = []
     """Sentences that describe the domain, for `selection.relevance: prompts`."""
@@ -137,7 +138,7 @@ class ExpertSource(Spec):
     revision: str | None = None
     client: Client | None = None
     """Inline, or the path of a YAML file that holds it."""
-    test: HeldOut | None = None
+    test: ClientRows | None = None
     """Held-out rows for `evaluate`, for an expert that comes from a `source`."""
     proxies: Literal["published", "expert-gain"] = "published"
     """`expert-gain` picks them here for a `source` that published none: pool texts that it reads better than the base
@@ -165,8 +166,8 @@ class ExpertSource(Spec):
     @property
     def task(self) -> Task | None:
         """What its held-out rows ask."""
-        test = self.client.test if self.client is not None else self.test
-        return test.task if test is not None else None
+        held_out = (self.client.test or self.client.private) if self.client is not None else self.test
+        return held_out.task if held_out is not None else None
 
     @property
     def rows(self) -> list[DataSource]:

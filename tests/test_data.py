@@ -53,6 +53,13 @@ def test_dialogues_become_one_line_a_turn(tmp_path: Path) -> None:
     assert rows["completion"][0] == "user: hi\nassistant: hello"
 
 
+def test_labelled_choices_become_one_line_a_choice(tmp_path: Path) -> None:
+    choices = {"label": ["A", "B"], "text": ["ignore", "enforce"]}
+    write_jsonl(tmp_path / "d.jsonl", [{"question": "what?", "choices": choices}])
+    rows = load_rows([source(text="{question}\n{choices}\nAnswer:")], tmp_path, "x")
+    assert rows["completion"][0] == "what?\nA. ignore\nB. enforce\nAnswer:"
+
+
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.json", "d.csv", "d.parquet", "d.txt"])
 def test_every_kind_of_file_is_read(tmp_path: Path, name: str) -> None:
     import pandas as pd
