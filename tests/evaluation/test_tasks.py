@@ -56,7 +56,7 @@ def test_choices_that_are_counted_from_one(tmp_path: Path) -> None:
         read_row = read(tmp_path, {"label": label}, task=task)
         assert read_row["right"] == int(label) - 1
         assert read_row["completion"] == " " + "ABC"[int(label) - 1]
-    with pytest.raises(DataError, match="holds '0', which is none of the 3 choices; give .* its number from 1"):
+    with pytest.raises(DataError, match=r"holds '0', which is none of the 3 choices; give .* its number from 1"):
         read(tmp_path, {"label": "0"}, task=task)
 
 

@@ -1,0 +1,155 @@
+"""A loopback Hub with what the paper's recipes name: the same ids, branches and columns, tiny models, few rows."""
+
+import hashlib
+import io
+import json
+import random
+import string
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from hub_tools import hub_with_users
+from loopback_hub import Hub
+from loopback_hub.store import is_large
+from transformers import BertConfig, BertModel, BertTokenizer, LlamaConfig, LlamaForCausalLM
+
+from mergekit_moe.seed import train_tokenizer
+
+EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
+LLAMAS = {"meta-llama/Llama-3.2-3B": ("llama3.2", True), "meta-llama/Llama-3.1-8B": ("llama3.1", False)}
+"""Id -> its licence, and whether the head is the embedding."""
+WORDS = {
+    "csqa": "river bank money teacher bridge garden hammer kitchen window doctor",
+    "cosmosqa": "yesterday friend concert dinner because afterwards weekend driving holiday mother",
+    "socialiqa": "cameron felt others wanted grateful helped angry proud party result",
+    "alpaca": "describe list explain rewrite classify sentence paragraph recipe planet number river friend felt",
+}
+POOL, ROWS = 520, 12
+"""Rows of the pool, more than the paper's 500 proxies, and of each split."""
+
+
+def words(domain: str, seed: int, count: int = 6) -> str:
+    return " ".join(random.Random(f"{domain} {seed}").choices(WORDS[domain].split(), k=count))
+
+
+def commonsense_qa(i: int) -> dict[str, Any]:
+    choices = {"label": list("ABCDE"), "text": [words("csqa", 100 * i + k, 1) for k in range(5)]}
+    return {"id": f"{i:032x}", "question": words("csqa", i), "question_concept": "bank", "choices": choices} | {
+        "answerKey": "ABCDE"[i % 5]
+    }
+
+
+def cosmos_qa(i: int) -> dict[str, Any]:
+    answers = {f"answer{k}": words("cosmosqa", 100 * i + k, 3) for k in range(4)}
+    return {"id": f"3Q{i}", "context": words("cosmosqa", i, 12), "question": "why ?", **answers, "label": i % 4}
+
+
+def social_i_qa(i: int) -> dict[str, Any]:
+    answers = {f"answer{k}": words("socialiqa", 100 * i + ord(k), 2) for k in "ABC"}
+    return {"context": words("socialiqa", i, 8), "question": "what next ?", **answers, "label": str(i % 3 + 1)}
+
+
+def alpaca(i: int) -> dict[str, Any]:
+    row = {"instruction": words("alpaca", i), "input": words("alpaca", -i, 3) if i % 2 else ""}
+    return {**row, "output": words("alpaca", 1000 + i), "text": "unused"}
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    file = io.BytesIO()
+    pd.DataFrame(rows).to_parquet(file)
+    return file.getvalue()
+
+
+def language_hub(folder: Path) -> Hub:
+    """Return a Hub with the Llamas, the embedder and the four data sets of text."""
+    hub = hub_with_users()
+    for number, (name, (license, tied)) in enumerate(LLAMAS.items()):
+        add(hub, name, llama(folder / f"llama-{number}", license, tied=tied))
+    add(hub, EMBEDDER, embedder(folder / "embedder"))
+    splits = {"train": range(ROWS), "validation": range(ROWS, 2 * ROWS)}
+    rows = {split: parquet([commonsense_qa(i) for i in numbers]) for split, numbers in splits.items()}
+    # Its test split has no answers; nobody may need it.
+    rows["test"] = parquet([commonsense_qa(i) | {"answerKey": ""} for i in range(3)])
+    add_rows(hub, "tau/commonsense_qa", {f"data/{split}-00000-of-00001.parquet": made for split, made in rows.items()})
+    add_rows(hub, "tatsu-lab/alpaca", {"data/train-00000-of-00001-a09b.parquet": parquet([*map(alpaca, range(POOL))])})
+    for name, made in (("cosmos_qa", cosmos_qa), ("social_i_qa", social_i_qa)):
+        files = {f"default/{split}/0000.parquet": parquet([*map(made, numbers)]) for split, numbers in splits.items()}
+        add_script(hub, f"allenai/{name}", files)
+    return hub
+
+
+def llama(folder: Path, license: str, *, tied: bool) -> Path:
+    """A random Llama 3: grouped heads, its rotary scaling, bfloat16, a tokenizer with BOS and without padding."""
+    texts = [words(domain, i) for domain in WORDS for i in range(40)] + [
+        "Question: Context: Choices: Answer: A. B. C. D. E."
+    ]
+    tokenizer = train_tokenizer(texts, 400)
+    tokenizer.pad_token = None
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 512,
+        },
+        tie_word_embeddings=tied,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(f"---\nlicense: {license}\n---\n")
+    return folder
+
+
+def embedder(folder: Path) -> Path:
+    """A random sentence-transformers model that reads letters."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    plain = folder.with_name("embedder-plain")
+    numbers = {piece: number for number, piece in enumerate(vocabulary)}
+    BertTokenizer(vocab=numbers, model_max_length=128).save_pretrained(plain)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    BertModel(BertConfig(vocab_size=len(vocabulary), initializer_range=0.2, pad_token_id=0, **sizes)).save_pretrained(
+        plain
+    )
+    SentenceTransformer(modules=[Transformer(str(plain)), Pooling(32, pooling_mode="mean")]).save(str(folder))
+    return folder
+
+
+def add(hub: Hub, name: str, folder: Path) -> None:
+    """Add a model's folder, folders in it included."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    hub.add(name, {str(path.relative_to(folder)): path.read_bytes() for path in files})
+
+
+def add_rows(hub: Hub, name: str, files: dict[str, bytes]) -> None:
+    """Add a data set whose card says which file is which split, as those made by `push_to_hub` do."""
+    splits = [{"split": Path(path).name.split("-")[0], "path": path} for path in files]
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {json.dumps(splits)}\n---\n"
+    hub.add(name, {**files, "README.md": card.encode()}, kind="dataset")
+
+
+def add_script(hub: Hub, name: str, files: dict[str, bytes]) -> None:
+    """Add a data set that is a loading script on main, and files on the Hub's own branch."""
+    script = {f"{name.rpartition('/')[2]}.py": b"raise SystemExit('never run')\n", "README.md": b""}
+    hub.add(name, script, kind="dataset").branch("refs/convert/parquet", {".gitattributes": b"", **files})
+    hub.large.update(
+        {hashlib.sha256(content).hexdigest(): content for path, content in files.items() if is_large(path)}
+    )
