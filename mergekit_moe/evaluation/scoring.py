@@ -150,6 +150,16 @@ def score(predict: Predict, rows: "Dataset", settings: "Evaluation", device: Any
     return {"loss": total / predictions, **accuracy, "predictions": predictions, "tokens": tokens, "seconds": seconds}
 
 
+def losses_of(predict: Predict, settings: "Evaluation", device: Any, rows: "Dataset") -> list[float]:
+    """Return each row's summed loss in nats."""
+    sums: list[float] = []
+    for batch in batches(rows, settings.batch_size, device):
+        said = predict(batch)
+        own = said.log_probs.gather(-1, said.targets[:, None])[:, 0].double()
+        sums += own.new_zeros(len(batch["labels"])).index_add(0, said.rows, -own).tolist()
+    return sums
+
+
 @torch.no_grad()
 def routing_of(model: "PreTrainedModel", domain: Domain, settings: "Evaluation") -> dict[str, Any]:
     """Return where a domain's tokens go: `load_by_layer` (L, K), and the shares that reach their own expert."""
@@ -182,8 +192,9 @@ def measure(
     device = models[0].device
     scores = {domain.name: score(predict, domain.rows, settings, device) for domain in domains}
     for domain in domains:
-        if domain.questions is not None and len(models) == 1:  # a vote has no text of its own to write
-            scores[domain.name] |= judge(models[0], domain.questions, settings)
+        if domain.questions is not None:
+            losses = None if len(models) == 1 else functools.partial(losses_of, predict, settings, device)
+            scores[domain.name] |= judge(models[0], domain.questions, settings, losses=losses)
     tokens, seconds = (sum(one[key] for one in scores.values()) for key in ("tokens", "seconds"))
     found = {
         "domains": scores,
