@@ -69,8 +69,8 @@ class MetaMoeConfigMixin:
         return len(self.dense_experts) < len(self.experts) or bool(self.router_excluded_token_ids)
 
     @property
-    def tower(self) -> Any:
-        """The configuration of the layers that own experts: an image tower's where there is one, else the whole."""
+    def sized(self) -> Any:
+        """The part that tells of the layers that own experts: an image tower's where there is one, else the whole."""
         return getattr(self, "vision_config", self)
 
     def __post_init__(self, **kwargs: Any) -> None:

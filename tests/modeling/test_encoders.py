@@ -49,8 +49,8 @@ def fold(moe: PreTrainedModel, encoder: str, expert: int) -> PreTrainedModel:
             down, up = module.experts[projection.replace(".", "_")].factors(expert)
             key = f"{block}.{projection}.weight"
             delta = moe.config.experts[expert]["scale"] * up.double().T @ down.double()
-            state[key] = (state[key].double() + delta).float()
-    dense = tiny_dense(encoder)
+            state[key] = state[key].double() + delta
+    dense = tiny_dense(encoder).double()
     dense.load_state_dict(state)
     return dense
 
