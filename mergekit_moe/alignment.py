@@ -70,8 +70,7 @@ def align_expert(
             r=settings.rank,
             lora_alpha=settings.alpha,
             lora_dropout=settings.dropout,
-            target_modules=list(architecture.projections),
-            exclude_modules=list(architecture.namesakes) or None,
+            **architecture.lora_targets,
         ),
     )
     model = as_used(adapted, base, labels)

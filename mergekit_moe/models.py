@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from mergekit_moe.adapters import ADAPTER_CONFIG
 from mergekit_moe.architectures import is_encoder
@@ -38,9 +44,12 @@ class RouterCall(NamedTuple):
 def load_network(folder: Path) -> PreTrainedModel:
     """Return a folder's own model on this process's device, in the dtype that it is stored in.
 
-    A causal language model, or a text encoder without a head. Never runs a checkpoint's own code.
+    A causal language model, an image classifier, or an encoder without a head. Never runs a checkpoint's own code.
     """
-    auto = AutoModel if is_encoder(read_config(folder, "config.json", str(folder))) else AutoModelForCausalLM
+    config = read_config(folder, "config.json", str(folder))
+    auto = AutoModel if is_encoder(config) else AutoModelForCausalLM
+    if str(config.get("architectures")).endswith("ForImageClassification']"):
+        auto = AutoModelForImageClassification
     return auto.from_pretrained(folder, dtype="auto", trust_remote_code=False).to(process_state().device)
 
 
@@ -146,11 +155,15 @@ def recorded_routers(model: nn.Module) -> Iterator[list[RouterCall]]:
 
 @contextmanager
 def recorded_ffn_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Yield a list that a forward pass inside the block fills with each FFN's input (B, T, H), layer by layer."""
+    """Yield a list that a forward pass inside the block fills with each FFN's input (B, T, H), layer by layer.
+
+    Of a model with two towers those of the image tower, which is the one that takes experts.
+    """
     inputs: list[Tensor] = []
     # An encoder of the BERT kind has its FFN in two modules of the layer.
-    feed_forwards = [module for name, module in model.named_modules() if name.endswith((".mlp", ".intermediate"))]
-    handles = [m.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for m in feed_forwards]
+    found = [(name, module) for name, module in model.named_modules() if name.endswith((".mlp", ".intermediate"))]
+    feed_forwards = [pair for pair in found if "vision_model" in pair[0].split(".")] or found
+    handles = [m.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for _, m in feed_forwards]
     try:
         yield inputs
     finally:
