@@ -27,7 +27,8 @@ _STRUCTURE = (
     *("layer_norm_eps", "norm_epsilon", "norm_eps", "attention_bias", "mlp_bias", "use_bias", "sliding_window"),
     *("use_sliding_window", "max_window_layers", "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping"),
     *("final_logit_softcapping", "embedding_multiplier", "logits_scaling", "residual_multiplier", "no_rope_layers"),
-    *("attention_multiplier", "use_parallel_residual", "qk_layernorm"),
+    *("attention_multiplier", "use_parallel_residual", "qk_layernorm", "image_size", "patch_size", "num_channels"),
+    *("qkv_bias", "projection_dim"),
 )
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _IGNORED_TENSORS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "embeddings.position_ids")
@@ -46,8 +47,31 @@ class Base(NamedTuple):
         return architecture_of(self.config, "base_model")
 
     @property
+    def sized(self) -> dict[str, Any]:
+        """The part of the config that tells of the layers that take experts."""
+        return self.architecture.sized(self.config)
+
+    @property
     def layers(self) -> int:
-        return self.config["num_hidden_layers"]
+        return self.sized["num_hidden_layers"]
+
+    @property
+    def body(self) -> str:
+        """What stands before the headless model's names: something where there is a head beside it."""
+        body = self.architecture.body
+        return body if any(name.startswith(body) for name in self.weights) else ""
+
+    @property
+    def head(self) -> str:
+        """What the native class is called after its prefix."""
+        architecture = self.architecture
+        native = str((self.config.get("architectures") or [""])[0]).removeprefix("MetaMoe")
+        return native.removeprefix(architecture.class_prefix) if self.body else architecture.head
+
+    @property
+    def ffn(self) -> str:
+        """Path of a layer's FFN; `{layer}` is its number."""
+        return self.body + self.architecture.ffn
 
     def is_tied(self, name: str) -> bool:
         """True for a head that is the embedding once more, whether it is stored or not."""
@@ -57,9 +81,15 @@ class Base(NamedTuple):
     def ties(self) -> bool:
         return bool(self.config.get("tie_word_embeddings", self.architecture.tied))
 
+    def own_name(self, name: str) -> str:
+        """Return what the base calls a tensor that a file of an older library, or of another head, calls `name`."""
+        name = self.architecture.current_name(name)
+        bare = name.removeprefix(self.architecture.body)
+        return next((known for known in (bare, self.architecture.body + bare) if known in self.weights), name)
+
     def blocks(self) -> list[str]:
         """Return the path of every layer's FFN."""
-        return [self.architecture.ffn.format(layer=layer) for layer in range(self.layers)]
+        return [self.ffn.format(layer=layer) for layer in range(self.layers)]
 
     def ffn_weights(self) -> list[str]:
         """Return the name of every FFN matrix, layer by layer."""
@@ -67,7 +97,7 @@ class Base(NamedTuple):
 
     def is_ffn(self, name: str) -> bool:
         """True for a weight or bias of a layer's FFN."""
-        before, _, after = self.architecture.ffn.partition("{layer}")
+        before, _, after = self.ffn.partition("{layer}")
         layer, _, projection = name.removeprefix(before).rpartition(".")[0].partition(after + ".")
         return name.startswith(before) and layer.isdigit() and projection in self.architecture.projections
 
@@ -115,19 +145,17 @@ def read_base(source: Resolved) -> Base:
     config = read_config(source.folder, "config.json", what)
     architecture = architecture_of(config, what)
     _require_unquantised(config, what)
-    for field in _SIZES:
-        if not isinstance(config.get(field), int) or config[field] < 1:
-            raise ExpertError(f"{what}: config.json has {field} = {config.get(field)!r}; it must be a whole number")
-    if architecture.encoder:
+    config = _with_sizes(config, architecture, what)
+    if architecture.encoder and not architecture.images:
         pooling_of(source.folder, what)
     ties = config.get("tie_word_embeddings", architecture.tied)
     shards = {}
     for shard, header in shards_of(source.folder, what, lambda shard: source.header(shard, what)).items():
         kept = (name for name in header if not name.endswith(_IGNORED_TENSORS) and not (ties and name in _HEADS))
-        shards[shard] = {name: header[name] for name in kept}
+        shards[shard] = {architecture.current_name(name): header[name] for name in kept}
     weights = Weights(source.folder, shards, what)
-    for layer in range(config["num_hidden_layers"]):
-        block = architecture.ffn.format(layer=layer)
+    base = Base(source, config, weights)
+    for block in base.blocks():
         for projection, (inputs, outputs) in architecture.sizes(config).items():
             name = f"{block}.{projection}.weight"
             if name not in weights:
@@ -137,7 +165,24 @@ def read_base(source: Resolved) -> Base:
                 raise ExpertError(
                     f"{what}: {name} has shape {list(weights.shape(name))} where config.json says [{outputs}, {inputs}]"
                 )
-    return Base(source, config, weights)
+    return base
+
+
+def _with_sizes(config: dict[str, Any], architecture: Architecture, what: str) -> dict[str, Any]:
+    """Return a config.json that names the sizes of the layers that take experts.
+
+    Raises:
+        ExpertError: naming the field that is no size.
+    """
+    fields, tower = _SIZES[:3] if architecture.images else _SIZES, architecture.tower
+    if tower is not None and not all(field in architecture.sized(config) for field in fields):
+        config = {**config, tower: _canonical(config, what)[tower]}  # a part is written without what is the default
+    sized = architecture.sized(config)
+    for field in fields:
+        if not isinstance(sized.get(field), int) or sized[field] < 1:
+            named = field if tower is None else f"{tower}.{field}"
+            raise ExpertError(f"{what}: config.json has {named} = {sized.get(field)!r}; it must be a whole number")
+    return config
 
 
 def read_expert(
@@ -238,7 +283,9 @@ def _read_adapter(source: Resolved, base: Base, what: str, same_base: bool) -> d
         _require_same_base(config, base.source, what)
     header: Header = source.header(ADAPTER, what)
     weights = Weights(source.folder, {ADAPTER: header}, what)
-    updates = updates_of_adapter(weights, config, base.weights, base.config, what, is_tied=base.is_tied)
+    updates = updates_of_adapter(
+        weights, config, base.weights, base.sized, what, own_name=base.own_name, is_tied=base.is_tied
+    )
     if not updates:
         raise ExpertError(f"{what}: {ADAPTER} lacks any LoRA matrix; publish a trained adapter, or drop the expert")
     _require_every_layer(config, updates, base, what)
@@ -297,7 +344,10 @@ def _read_fine_tune(source: Resolved, base: Base, what: str) -> dict[str, Update
             "base_model, or drop the expert"
         )
     shards = shards_of(source.folder, what, lambda shard: source.header(shard, what))
-    weights = Weights(source.folder, shards, what)
+    named = base.architecture.current_name
+    weights = Weights(
+        source.folder, {shard: {named(name): header[name] for name in header} for shard, header in shards.items()}, what
+    )
     for name in weights:
         if name not in base.weights and not name.endswith(_IGNORED_TENSORS) and not base.is_tied(name):
             raise ExpertError(
@@ -319,15 +369,18 @@ def _differing_fields(config: dict[str, Any], base: dict[str, Any], what: str) -
     Versions of the library write the same thing in several ways, and leave out what is the default: configs that don't
     agree to the letter are read by the library's own class, which is worth its import only then.
     """
-    if all(config.get(field) == base.get(field) for field in _STRUCTURE):
+    if _structure(config) == _structure(base):
         return []
     if config.get("model_type") == base.get("model_type"):
         config, base = _canonical(config, what), _canonical(base, "base_model")
-    return [
-        f"{field} {config.get(field)!r} against {base.get(field)!r}"
-        for field in _STRUCTURE
-        if config.get(field) != base.get(field)
-    ]
+    mine, right = _structure(config), _structure(base)
+    return [f"{field} {mine[field]!r} against {right[field]!r}" for field in right if mine[field] != right[field]]
+
+
+def _structure(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a config says of what the model computes, each tower's part under that part's name."""
+    parts = {"": config, **{f"{part}.": config.get(part) or {} for part in ("vision_config", "text_config")}}
+    return {f"{part}{field}": values.get(field) for part, values in parts.items() for field in _STRUCTURE}
 
 
 def _canonical(config: dict[str, Any], what: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ _CARD = "README.md"
 _CHECKPOINT = (
     *("config.json", "generation_config.json", "*.safetensors", INDEX, _CARD, MANIFEST),
     *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja"),
+    *("preprocessor_config.json", "processor_config.json"),
 )
 _POOLING = ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json")
 """Of a text encoder, as sentence-transformers reads it."""

@@ -81,9 +81,9 @@ def test_every_kind_of_file_is_read(tmp_path: Path, name: str) -> None:
 
 def test_chunks_end_at_lines_lose_nothing_and_fit() -> None:
     text = "\n".join(f"line {i} " + "x" * (i % 70) for i in range(60)) + "\n" + "y" * 400
-    from mergekit_moe.data import _chunks
+    from mergekit_moe.templates import chunks
 
-    pieces = _chunks(text, 100)
+    pieces = chunks(text, 100)
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 100
     assert all(piece.endswith("\n") for piece in pieces[:30])

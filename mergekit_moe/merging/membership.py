@@ -161,7 +161,7 @@ def add(unified: Unified, expert: Expert, out: Path, tell: Any = lambda line: No
     experts.insert(number, member.entry)
     entries = [*unified.report["experts"], report_on_expert(expert, member, differences[expert.name])]
     changed = _changed(unified, experts, entries, top_k=_top_k(unified, len(experts)))
-    start, size = unified.report["router_start"], base.config["hidden_size"]
+    start, size = unified.report["router_start"], base.sized["hidden_size"]
 
     def row(layer: int) -> Tensor:
         if unified.fitted:

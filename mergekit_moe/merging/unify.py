@@ -21,7 +21,8 @@ from mergekit_moe.weights import Planned
 from mergekit_moe.workspace import write_json
 
 CODE = tuple(
-    f"{name}_metamoe.py" for name in ("configuration", "dense", "experts", "layers", "loading", "modeling", "routing")
+    f"{name}_metamoe.py"
+    for name in ("bodies", "configuration", "dense", "experts", "layers", "loading", "modeling", "routing")
 )
 """The model's own code, which lies beside its weights."""
 MODELING = Path(__file__).parent.parent / "modeling"
@@ -85,7 +86,8 @@ def moe_config(
     base: Base, experts: list[Expert], members: list[FfnExpert], merge: Merge, router: Router
 ) -> dict[str, Any]:
     """Return the config.json of the unified model: the base's own, plus experts and router."""
-    prefix, head = base.architecture.class_prefix, base.architecture.head
+    prefix, head = base.architecture.class_prefix, base.head
+    autos = ("AutoModel", f"AutoModel{head.removeprefix('Model')}", *base.architecture.autos)
     excluded = sorted({token for expert in experts for token in expert.about.get("domain_free_token_ids", [])})
     config = {
         **base.config,
@@ -93,8 +95,7 @@ def moe_config(
         "architectures": [f"MetaMoe{prefix}{head}"],
         "auto_map": {
             "AutoConfig": f"configuration_metamoe.MetaMoe{prefix}Config",
-            "AutoModel": f"modeling_metamoe.MetaMoe{prefix}Model",
-            f"AutoModel{head.removeprefix('Model')}": f"modeling_metamoe.MetaMoe{prefix}{head}",
+            **{auto: f"modeling_metamoe.MetaMoe{prefix}{'Model' if auto == 'AutoModel' else head}" for auto in autos},
         },
         "experts": [member.entry for member in members],
         "num_experts_per_tok": merge.top_k,
@@ -119,7 +120,7 @@ def planned_routers(base: Base, experts: list[Expert | None], router: Router, se
     Args:
         experts: in their order; None is the anchor.
     """
-    size, tensors = base.config["hidden_size"], []
+    size, tensors = base.sized["hidden_size"], []
     gate = GATES.get(router.start, GATES["uniform"])
     logit = math.log(router.context_weight / (1.0 - router.context_weight))
     for layer, ffn in enumerate(base.blocks()):
