@@ -10,13 +10,17 @@ from typing import Any
 
 import pandas as pd
 import torch
+from datasets import ClassLabel, Dataset, Features, Image
 from hub_tools import hub_with_users
+from image_tools import COLOURS, SHAPES, clip_folder, pictures
 from loopback_hub import Hub
 from loopback_hub.store import is_large
 from transformers import BertConfig, BertModel, BertTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mergekit_moe.seed import train_tokenizer
 
+CLIPS = ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch16")
+IMAGENET = "benjamin-paine/imagenet-1k-256x256"
 EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 LLAMAS = {"meta-llama/Llama-3.2-3B": ("llama3.2", True), "meta-llama/Llama-3.1-8B": ("llama3.1", False)}
 """Id -> its licence, and whether the head is the embedding."""
@@ -78,6 +82,45 @@ def language_hub(folder: Path) -> Hub:
         files = {f"default/{split}/0000.parquet": parquet([*map(made, numbers)]) for split, numbers in splits.items()}
         add_script(hub, f"allenai/{name}", files)
     return hub
+
+
+def vision_hub(folder: Path) -> Hub:
+    """Return a Hub with the CLIPs, and the four data sets of images."""
+    hub = hub_with_users()
+    add(hub, CLIPS[0], clip_folder(folder / "clip"))
+    add(hub, CLIPS[1], folder / "clip")
+    names = {
+        "timm/oxford-iiit-pet": ("train", "test"),
+        "dpdl-benchmark/oxford_flowers102": ("train", "validation", "test"),
+        "blanchon/EuroSAT_RGB": ("train", "test", "validation"),
+    }
+    for number, (name, splits) in enumerate(names.items()):
+        colour = sorted(COLOURS)[number]
+        made = {split: pictures_with_labels(colour, ROWS, seed) for seed, split in enumerate(splits)}
+        add_rows(hub, name, {f"data/{split}-00000-of-00001.parquet": rows for split, rows in made.items()})
+    pool = Dataset.from_list(
+        [{"image": row["picture"], "label": 0} for colour in COLOURS for row in pictures(colour, POOL // 3 + 1, 9)],
+        features=Features({"image": Image(), "label": ClassLabel(names=["thing"])}),
+    )
+    add_rows(hub, IMAGENET, {"data/train-00000-of-00001.parquet": as_parquet(pool)})
+    return hub
+
+
+def pictures_with_labels(colour: str, count: int, seed: int) -> bytes:
+    """Return rows as the Hub's image data sets have them: an `Image` and a `ClassLabel`."""
+    features = Features({"image": Image(), "label": ClassLabel(names=[f"{colour}_{shape}" for shape in SHAPES])})
+    rows = pictures(colour, count, seed)
+    return as_parquet(
+        Dataset.from_list(
+            [{"image": row["picture"], "label": SHAPES.index(row["shape"])} for row in rows], features=features
+        )
+    )
+
+
+def as_parquet(rows: Dataset) -> bytes:
+    file = io.BytesIO()
+    rows.to_parquet(file)
+    return file.getvalue()
 
 
 def llama(folder: Path, license: str, *, tied: bool) -> Path:
