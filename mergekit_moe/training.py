@@ -5,6 +5,7 @@ A run that is killed goes on from its last checkpoint, and ends as if nobody had
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +122,7 @@ def train(
     return [entry for entry in run.state.log_history if "loss" in entry or "eval_loss" in entry]
 
 
-def optimizer_of(settings: Training) -> tuple[type[torch.optim.Optimizer], dict[str, float]]:
+def optimizer_of(settings: Training) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, float]]:
     """Return an optimizer's class and its arguments, but for the weight decay."""
     if settings.optimizer == "sgd":
         return torch.optim.SGD, {"lr": settings.learning_rate, "momentum": settings.momentum}
