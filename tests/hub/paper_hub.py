@@ -66,9 +66,16 @@ def parquet(rows: list[dict[str, Any]]) -> bytes:
     return file.getvalue()
 
 
-def language_hub(folder: Path) -> Hub:
-    """Return a Hub with the Llamas, the embedder and the four data sets of text."""
+def paper_hub(folder: Path) -> Hub:
+    """Return a Hub with all that the paper's recipes name."""
     hub = hub_with_users()
+    add_language(hub, folder)
+    add_vision(hub, folder)
+    return hub
+
+
+def add_language(hub: Hub, folder: Path) -> None:
+    """Add the Llamas, the embedder and the four data sets of text."""
     for number, (name, (license, tied)) in enumerate(LLAMAS.items()):
         add(hub, name, llama(folder / f"llama-{number}", license, tied=tied))
     add(hub, EMBEDDER, embedder(folder / "embedder"))
@@ -81,12 +88,10 @@ def language_hub(folder: Path) -> Hub:
     for name, made in (("cosmos_qa", cosmos_qa), ("social_i_qa", social_i_qa)):
         files = {f"default/{split}/0000.parquet": parquet([*map(made, numbers)]) for split, numbers in splits.items()}
         add_script(hub, f"allenai/{name}", files)
-    return hub
 
 
-def vision_hub(folder: Path) -> Hub:
-    """Return a Hub with the CLIPs, and the four data sets of images."""
-    hub = hub_with_users()
+def add_vision(hub: Hub, folder: Path) -> None:
+    """Add the CLIPs, and the four data sets of images."""
     add(hub, CLIPS[0], clip_folder(folder / "clip"))
     add(hub, CLIPS[1], folder / "clip")
     names = {
@@ -103,7 +108,6 @@ def vision_hub(folder: Path) -> Hub:
         features=Features({"image": Image(), "label": ClassLabel(names=["thing"])}),
     )
     add_rows(hub, IMAGENET, {"data/train-00000-of-00001.parquet": as_parquet(pool)})
-    return hub
 
 
 def pictures_with_labels(colour: str, count: int, seed: int) -> bytes:

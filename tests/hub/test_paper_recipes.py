@@ -1,24 +1,27 @@
 """The paper's recipes: `check` on each file as it is, and the whole line with fewer steps, on models of their kind."""
 
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from hub_tools import metamoe
-from loopback_hub import Hub, serve
-from paper_hub import language_hub, vision_hub
+from hub_tools import environment, run_script
+from loopback_hub import serve
+from paper_hub import paper_hub
 
 from mergekit_moe.recipe_file import change_recipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LANGUAGE = ["llama-3.2-3b-paper.yaml", "llama-3.1-8b-paper.yaml"]
 VISION = ["clip-b32-paper.yaml", "clip-b16-paper.yaml"]
+EXPERTS = dict.fromkeys(LANGUAGE, ("csqa", "cosmosqa", "socialiqa")) | dict.fromkeys(
+    VISION, ("pets", "flowers", "eurosat")
+)
 SMALLER = {"selection": {"budget": 12}, "alignment": {"max_steps": 2}, "router": {"training": {"max_steps": 2}}}
-"""All that a stand-in changes: less than a real run takes, of everything else the same."""
+"""All that a stand-in changes: fewer proxies and steps than the paper's."""
 PAPER = {
     "selection.candidates": 3000,
     "selection.budget": 500,
@@ -29,6 +32,7 @@ PAPER = {
     "comparison.seeds": [0, 1, 2],
 }
 LANGUAGE_PAPER = {
+    "alignment.optimizer": "adamw",
     "alignment.learning_rate": 1e-4,
     "alignment.warmup_steps": 200,
     "alignment.scheduler": "constant_with_warmup",
@@ -36,7 +40,6 @@ LANGUAGE_PAPER = {
     "router.training.epochs": 1.0,
     "router.training.learning_rate": 1e-4,
 }
-
 VISION_PAPER = {
     "alignment.optimizer": "sgd",
     "alignment.momentum": 0.9,
@@ -50,6 +53,19 @@ VISION_PAPER = {
     "router.training.epochs": 5.0,
     "selection.epsilon": 0.0,
 }
+# One process for all: most of what a command takes on such models is to import the libraries.
+_COMMANDS = """
+import json, sys
+from mergekit_moe import cli
+for arguments in json.loads(sys.argv[1]):
+    print("###", *arguments)
+    sys.argv = ["metamoe", *arguments]
+    try:
+        cli.main()
+    except SystemExit as leaving:
+        if leaving.code:
+            raise
+"""
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -64,74 +80,34 @@ def fields(path: Path) -> dict[str, Any]:
 
 
 def smaller(name: str, folder: Path) -> Path:
-    """Write a recipe with smaller steps, next to nothing else of it changed."""
+    """Write a recipe as its stand-in runs it."""
     recipe = change_recipe(load_recipe(RECIPES / name), SMALLER, "stand-in")
     path = folder / name
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True)))
-    before, after = fields(RECIPES / name), fields(path)
-    assert {key for key in before if before[key] != after[key]} == flat(SMALLER).keys()
     return path
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    made = language_hub(tmp_path_factory.mktemp("models"))
-    with serve(made):
-        yield made
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """All recipes checked as they are and run as stand-ins: the folder with their workspaces, and what was printed."""
+    folder = tmp_path_factory.mktemp("paper")
+    commands = [["check", RECIPES / name, "--workspace", folder / "checked"] for name in EXPERTS]
+    commands += [["run", smaller(name, folder), "--workspace", folder / f"{name}-run"] for name in EXPERTS]
+    given = json.dumps([[str(word) for word in command] for command in commands])
+    hub = paper_hub(tmp_path_factory.mktemp("hub"))
+    with serve(hub):
+        done = run_script(hub, _COMMANDS, environment(hub, folder / "home", COLUMNS="160"), given)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    return folder, done.stdout
 
 
-@pytest.fixture(scope="module")
-def image_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    made = vision_hub(tmp_path_factory.mktemp("image-models"))
-    with serve(made):
-        yield made
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all tests' downloads lie."""
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.mark.parametrize("name", LANGUAGE)
+@pytest.mark.parametrize("name", EXPERTS)
 def test_a_recipe_has_the_papers_settings(name: str) -> None:
+    expected = PAPER | (LANGUAGE_PAPER if name in LANGUAGE else VISION_PAPER)
     found = fields(RECIPES / name)
-    assert {key: found[key] for key in PAPER | LANGUAGE_PAPER} == PAPER | LANGUAGE_PAPER
-    for part in ("alignment", "router.training"):
+    assert {key: found[key] for key in expected} == expected
+    for part in ("alignment", "router.training") if name in LANGUAGE else ():
         assert found[f"{part}.batch_size"] * found[f"{part}.gradient_accumulation"] == 32
-
-
-@pytest.mark.parametrize("name", LANGUAGE)
-def test_a_recipe_as_it_is_passes_check(hub: Hub, home: Path, tmp_path: Path, name: str) -> None:
-    done = metamoe(hub, home, "check", RECIPES / name, "--workspace", tmp_path / "ws", COLUMNS="160")
-    assert done.returncode == 0, done.stderr
-    assert "500 an expert, dpp, by sentence-transformers/all-MiniLM-L6-v2" in done.stdout
-    for expert in ("csqa", "cosmosqa", "socialiqa"):
-        assert f"expert {expert}" in done.stdout
-    assert "to be trained on 12 private rows; 12 held out" in done.stdout
-
-
-@pytest.mark.parametrize("name", LANGUAGE)
-def test_a_recipe_runs_to_the_end_on_a_model_of_its_kind(hub: Hub, home: Path, tmp_path: Path, name: str) -> None:
-    path, workspace = smaller(name, tmp_path), tmp_path / "ws"
-    done = metamoe(hub, home, "run", path, "--workspace", workspace)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((workspace / "evaluation/results.json").read_text())
-    for domain in ("csqa", "cosmosqa", "socialiqa"):
-        assert 0 <= results["methods"]["unified"][domain]["accuracy"] <= 1
-        proxies = json.loads((workspace / f"experts/{domain}/proxies.json").read_text())
-        assert proxies["pool"]["sources"][0].startswith("tatsu-lab/alpaca@")
-    config = json.loads((workspace / "model/config.json").read_text())
-    assert [expert["name"] for expert in config["experts"]] == ["csqa", "cosmosqa", "socialiqa"]
-    assert config["router_context"] == "prompt"
-    license = fields(path)["card.license"]
-    assert f"license: {license}" in (workspace / "model/README.md").read_text()
-
-
-@pytest.mark.parametrize("name", VISION)
-def test_an_image_recipe_has_the_papers_settings(name: str) -> None:
-    found = fields(RECIPES / name)
-    assert {key: found[key] for key in PAPER | VISION_PAPER} == PAPER | VISION_PAPER
 
 
 def test_recipes_of_one_kind_differ_in_their_seed_alone() -> None:
@@ -140,25 +116,38 @@ def test_recipes_of_one_kind_differ_in_their_seed_alone() -> None:
         assert {key for key in one if one[key] != other[key]} == differ
 
 
-@pytest.mark.parametrize("name", VISION)
-def test_an_image_recipe_as_it_is_passes_check(image_hub: Hub, home: Path, tmp_path: Path, name: str) -> None:
-    done = metamoe(image_hub, home, "check", RECIPES / name, "--workspace", tmp_path / "ws", COLUMNS="160")
-    assert done.returncode == 0, done.stderr
-    for rows in ("12 private rows; 12 held out", "24 private rows; 12 held out"):
-        assert f"to be trained on {rows}" in done.stdout
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_recipe_as_it_is_passes_check(finished: tuple[Path, str], name: str) -> None:
+    _, _, after = finished[1].partition(f"### check {RECIPES / name}")
+    printed = after.partition("###")[0]
+    assert fields(RECIPES / name)["base_model"] in printed
+    assert re.search(r"public pool +52[02] rows", printed)
+    assert "500 an expert, dpp" in printed
+    learnt = {"flowers": 24}  # two splits
+    for expert in EXPERTS[name]:
+        assert f"to be trained on {learnt.get(expert, 12)} private rows; 12 held out" in printed.split(expert)[1]
 
 
-@pytest.mark.parametrize("name", VISION)
-def test_an_image_recipe_runs_to_the_end_on_a_tiny_clip(image_hub: Hub, home: Path, tmp_path: Path, name: str) -> None:
-    path, workspace = smaller(name, tmp_path), tmp_path / "ws"
-    done = metamoe(image_hub, home, "run", path, "--workspace", workspace)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_stand_in_differs_from_its_recipe_in_sizes_alone(finished: tuple[Path, str], name: str) -> None:
+    before, after = fields(RECIPES / name), fields(finished[0] / name)
+    assert before.keys() == after.keys()
+    assert {key for key in before if before[key] != after[key]} == flat(SMALLER).keys()
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_recipe_runs_to_the_end_on_a_model_of_its_kind(finished: tuple[Path, str], name: str) -> None:
+    workspace = finished[0] / f"{name}-run"
     results = json.loads((workspace / "evaluation/results.json").read_text())
-    for domain in ("pets", "flowers", "eurosat"):
-        assert 0 <= results["methods"]["unified"][domain]["accuracy"] <= 1
-        proxies = json.loads((workspace / f"experts/{domain}/proxies.json").read_text())
-        assert proxies["pool"]["sources"][0].startswith("benjamin-paine/imagenet-1k-256x256@")
-    assert json.loads((workspace / "model/config.json").read_text())["model_type"] == "metamoe_clip"
+    for expert in EXPERTS[name]:
+        assert 0 <= results["methods"]["unified"][expert]["accuracy"] <= 1
+        proxies = json.loads((workspace / f"experts/{expert}/proxies.json").read_text())
+        assert len(set(proxies["rows"])) == 12
+        assert proxies["pool"]["sources"][0].startswith(fields(RECIPES / name)["public_pool.dataset"] + "@")
+    config = json.loads((workspace / "model/config.json").read_text())
+    assert config["model_type"] == ("metamoe_llama" if name in LANGUAGE else "metamoe_clip")
+    license = fields(RECIPES / name)["card.license"]
+    assert f"license: {license}" in (workspace / "model/README.md").read_text()
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.name)
