@@ -52,7 +52,7 @@ def test_texts_and_labels_in_one_column_need_no_rewriting(tmp_path: Path) -> Non
 def test_choices_that_are_counted_from_one(tmp_path: Path) -> None:
     """SocialIQA's labels are "1", "2" and "3": counted from 0, the first two would be wrong and nobody would know."""
     task = {"choices": ["A", "B", "C"], "answer": "label", "first": 1}
-    for label in ("1", "3", 2):
+    for label in ("1", "3\n", 2):
         read_row = read(tmp_path, {"label": label}, task=task)
         assert read_row["right"] == int(label) - 1
         assert read_row["completion"] == " " + "ABC"[int(label) - 1]
