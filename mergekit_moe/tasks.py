@@ -82,7 +82,7 @@ def _right_choice(answer: Any, texts: list[str], labels: list[str], task: Choice
     # A number counts, unless it is a label; as text it may be a choice's own.
     kinds = (labels, numbers) if isinstance(answer, int) else (labels, texts, letters, numbers)
     name = str(int(answer)) if isinstance(answer, bool) else str(answer).strip()
-    for names in kinds:
+    for names in ([each.strip() for each in kind] for kind in kinds):
         if name in names:
             return names.index(name)
     raise ValueError(

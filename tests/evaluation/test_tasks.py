@@ -34,7 +34,9 @@ def read(tmp_path: Path, row: dict[str, Any], **settings: Any) -> dict[str, Any]
     return load_rows([held_out(**settings)], tmp_path, "x")[0]
 
 
-@pytest.mark.parametrize(("answer", "right"), [("red", 0), ("blue", 2), (1, 1), ("2", 2), ("A", 0), ("C", 2)], ids=repr)
+@pytest.mark.parametrize(
+    ("answer", "right"), [("red", 0), ("blue", 2), ("green ", 1), (1, 1), ("2", 2), ("A", 0), ("C", 2)], ids=repr
+)
 def test_the_right_choice_is_told_by_text_number_or_letter(tmp_path: Path, answer: Any, right: int) -> None:
     row = read(tmp_path, {"options": ["red", "green", "blue"], "label": answer})
     assert row["completions"] == [" red", " green", " blue"]

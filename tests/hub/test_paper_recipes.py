@@ -152,7 +152,7 @@ def test_a_recipe_runs_to_the_end_on_a_model_of_its_kind(finished: tuple[Path, s
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.name)
 def test_accelerate_s_configurations_leave_the_precision_to_the_recipe(path: Path) -> None:
-    """The Trainer takes it from there where a recipe says nothing, so that the same recipe would be another training."""
+    """The Trainer takes it from there where a recipe says nothing: the same recipe would be another training."""
     config = load_config_from_file(str(path))
     assert config.mixed_precision == "no"
     assert config.num_processes == {"one-gpu.yaml": 1, "four-gpus.yaml": 4}[path.name]
