@@ -14,7 +14,7 @@ GROUND = {
 }
 MATERIAL = {
     *("adapters", "architectures", "checkpoint", "data", "experts", "hub", "installed_text", "matching", "models"),
-    *("privacy", "tasks", "training", "updates", "weights"),
+    *("privacy", "structure", "tasks", "training", "updates", "weights"),
 }
 STAGES = {"alignment", "cards", "evaluation", "export", "merging", "publication", "routing", "seed", "selection"}
 TOP = {
