@@ -14,7 +14,7 @@ GROUND = {
 }
 MATERIAL = {
     *("adapters", "architectures", "checkpoint", "data", "experts", "hub", "images", "installed_text", "matching"),
-    *("models", "privacy", "tasks", "templates", "training", "updates", "weights"),
+    *("models", "privacy", "structure", "tasks", "templates", "training", "updates", "weights"),
 }
 STAGES = {"alignment", "cards", "evaluation", "export", "merging", "publication", "routing", "seed", "selection"}
 TOP = {
