@@ -8,18 +8,32 @@ import string
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from hub_tools import hub_with_users
-from image_tools import COLOURS, SHAPES, clip_folder, pictures
 from loopback_hub import Hub
 from loopback_hub.store import is_large
-from transformers import BertConfig, BertModel, BertTokenizer, LlamaConfig, LlamaForCausalLM
+from PIL import Image as Picture
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from mergekit_moe.seed import train_tokenizer
 
-CLIPS = ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch16")
+CLIPS = {"openai/clip-vit-base-patch32": 8, "openai/clip-vit-base-patch16": 4}
+"""Id -> its stand-in's patch size, of 16 by 16 pixels."""
+CLIP_WORDS = ["<s>", "</s>", "a", "This", "is", "photo", "of", "pug", "Annual", "Crop", "Forest", "primrose", "daisy"]
 IMAGENET = "benjamin-paine/imagenet-1k-256x256"
 EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 LLAMAS = {"meta-llama/Llama-3.2-3B": ("llama3.2", True), "meta-llama/Llama-3.1-8B": ("llama3.1", False)}
@@ -92,33 +106,55 @@ def add_language(hub: Hub, folder: Path) -> None:
 
 def add_vision(hub: Hub, folder: Path) -> None:
     """Add the CLIPs, and the four data sets of images."""
-    add(hub, CLIPS[0], clip_folder(folder / "clip"))
-    add(hub, CLIPS[1], folder / "clip")
-    names = {
-        "timm/oxford-iiit-pet": ("train", "test"),
-        "dpdl-benchmark/oxford_flowers102": ("train", "validation", "test"),
-        "blanchon/EuroSAT_RGB": ("train", "test", "validation"),
+    for name, patch in CLIPS.items():
+        add(hub, name, clip(folder / f"clip-{patch}", patch))
+    data_sets = {
+        "timm/oxford-iiit-pet": ("abyssinian", "american_bulldog", "pug"),
+        "dpdl-benchmark/oxford_flowers102": ("pink primrose", "colt's foot", "globe-flower"),
+        "blanchon/EuroSAT_RGB": ("Annual Crop", "Forest", "SeaLake"),
     }
-    for number, (name, splits) in enumerate(names.items()):
-        colour = sorted(COLOURS)[number]
-        made = {split: pictures_with_labels(colour, ROWS, seed) for seed, split in enumerate(splits)}
+    for number, (name, labels) in enumerate(data_sets.items()):
+        splits = ("train", "test") if number == 0 else ("train", "validation", "test")
+        made = {split: pictures(labels, ROWS, f"{name} {split}", number) for split in splits}
         add_rows(hub, name, {f"data/{split}-00000-of-00001.parquet": rows for split, rows in made.items()})
-    pool = Dataset.from_list(
-        [{"image": row["picture"], "label": 0} for colour in COLOURS for row in pictures(colour, POOL // 3 + 1, 9)],
-        features=Features({"image": Image(), "label": ClassLabel(names=["thing"])}),
-    )
-    add_rows(hub, IMAGENET, {"data/train-00000-of-00001.parquet": as_parquet(pool)})
+    pool = pictures(("tench, Tinca tinca", "daisy", "seashore, coast"), POOL, "pool")
+    add_rows(hub, IMAGENET, {"data/train-00000-of-00001.parquet": pool})
 
 
-def pictures_with_labels(colour: str, count: int, seed: int) -> bytes:
-    """Return rows as the Hub's image data sets have them: an `Image` and a `ClassLabel`."""
-    features = Features({"image": Image(), "label": ClassLabel(names=[f"{colour}_{shape}" for shape in SHAPES])})
-    rows = pictures(colour, count, seed)
-    return as_parquet(
-        Dataset.from_list(
-            [{"image": row["picture"], "label": SHAPES.index(row["shape"])} for row in rows], features=features
-        )
-    )
+def pictures(labels: tuple[str, ...], count: int, seed: str, tint: int | None = None) -> bytes:
+    """Return rows as the Hub's image data sets have them: an `Image` of some size and a `ClassLabel`.
+
+    Args:
+        tint: the channel that is strong in all of them; by turns where not given.
+    """
+    rng, rows = random.Random(seed), []
+    for i in range(count):
+        side = rng.randrange(20, 40)
+        grain = np.frombuffer(rng.randbytes(side * side * 3), np.uint8).reshape(side, side, 3) // 2
+        grain[..., i % 3 if tint is None else tint] += 120
+        file = io.BytesIO()
+        Picture.fromarray(grain).save(file, "PNG")
+        rows.append({"image": file.getvalue(), "label": i % len(labels)})
+    return as_parquet(Dataset.from_list(rows, features=Features({"image": Image(), "label": ClassLabel(names=labels)})))
+
+
+def clip(folder: Path, patch: int) -> Path:
+    """A random CLIP with its image processor and a tokenizer that frames a text as CLIP's does."""
+    tokenizer: Any = Tokenizer(models.WordLevel({word: i for i, word in enumerate(CLIP_WORDS)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    frame = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer.post_processor = frame
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "a"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **special).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_factor": 2.0}
+    text = {"vocab_size": len(CLIP_WORDS), "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 16}
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "image_size": 16, "patch_size": patch}
+    config = CLIPConfig(text_config=sizes | text | ends, vision_config=sizes | vision, projection_dim=16)
+    CLIPModel(config).save_pretrained(folder)
+    return folder
 
 
 def as_parquet(rows: Dataset) -> bytes:
