@@ -68,7 +68,8 @@ def updates_of_adapter(
     base_config: dict[str, Any],
     what: str,
     *,
-    is_tied: Callable[[str], bool] = lambda name: False,
+    own_name: Callable[[str], str] = lambda name: name,
+    is_free: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Update]:
     """Return the base's tensors that an adapter changes, by name, and how.
 
@@ -76,8 +77,9 @@ def updates_of_adapter(
         weights: the adapter's own.
         config: its adapter_config.json.
         base: the base model's weights.
-        base_config: its config.json, which names the sizes.
-        is_tied: tells a head that the base ties to its embedding, and so doesn't hold.
+        base_config: its config.json, or the part of it that names the sizes.
+        own_name: gives what the base calls a tensor that the adapter may know by another name.
+        is_free: tells a head that needn't fit the base: one that it ties to its embedding, or over other labels.
 
     Raises:
         ExpertError: naming the tensor that is missing, of another size, or of no known meaning.
@@ -90,9 +92,10 @@ def updates_of_adapter(
         parts.setdefault(match["path"], {})[match["part"].removesuffix(".weight")] = key
     found: dict[str, Update] = {}
     for path, keys in parts.items():
-        found.update(_updates_of_module(path, keys, weights, config, what))
+        updates = _updates_of_module(path, keys, weights, config, what)
+        found.update({own_name(name): update for name, update in updates.items()})
     for name, update in found.items():
-        if not is_tied(name):
+        if not is_free(name):
             _require_fit(name, update, base, base_config, what)
     return found
 

@@ -39,8 +39,9 @@ def align_expert(
         name: the expert's name, for errors.
         privacy: with an `expert`, training is differentially private in each row.
         private_rows: how many of the rows are private; read for `privacy` alone.
-        names: a text encoder's labels. Proxies have none: so that the expert learns the text it is routed by, it learns
-            to say of them what the seed says (ours: the paper's public images have labels of their own).
+        names: an encoder's labels, its client's and the pool's. Public ones, which all clients know, keep experts that
+            are trained apart from taking each other's labels for their own. Of proxies without a label it learns to
+            say what the seed says, so as to know the rows that it is routed by.
         temperature: of the encoder's logits.
 
     Raises:
@@ -50,10 +51,10 @@ def align_expert(
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
-    from mergekit_moe.models import adapter_silent_on, add_teacher, as_used, load_labels, load_network, load_tokenizer
+    from mergekit_moe.models import adapter_silent_on, add_teacher, as_used, load_labels, load_network, load_reader
 
-    tokenizer = load_tokenizer(base)
-    tokens = tokenize(rows, tokenizer, settings.max_length, names or [])
+    reader = load_reader(base)
+    tokens = tokenize(rows, reader, settings.max_length, names or [])
     if len(tokens) == 0:
         raise DataError(
             f"expert '{name}': no row has a token to learn within alignment.max_length {settings.max_length}"
@@ -70,14 +71,13 @@ def align_expert(
             r=settings.rank,
             lora_alpha=settings.alpha,
             lora_dropout=settings.dropout,
-            target_modules=list(architecture.projections),
-            exclude_modules=list(architecture.namesakes) or None,
+            **architecture.lora_targets,
         ),
     )
     model = as_used(adapted, base, labels)
     counts = {"rows": len(rows), "private_rows": private_rows}
     plan = _plan(model, settings, privacy, counts, name) if privacy is not None and privacy.expert is not None else None
-    with adapter_silent_on(model, domain_free_tokens(tokenizer, settings)):
+    with adapter_silent_on(model, domain_free_tokens(reader, settings)):
         if plan is None:
             log = train(model, tokens, settings, seed=seed, folder=out)
         else:
@@ -90,7 +90,8 @@ def align_expert(
             extra.unlink()  # peft's own card; the expert's is written when it is published
         config = read_config(out, ADAPTER_CONFIG, f"expert '{name}'")
         # The same training must give the same bytes: PEFT writes a set in any order, and the base's folder.
-        lists = {key: sorted(config[key]) for key in ("target_modules", "exclude_modules") if config[key]}
+        keys = ("target_modules", "exclude_modules")
+        lists = {key: sorted(config[key]) for key in keys if isinstance(config[key], list)}
         write_json(out / ADAPTER_CONFIG, {**config, **lists, "base_model_name_or_path": None})
         write_json(out / "training_log.json", log)
         if plan is not None:
@@ -111,6 +112,6 @@ def _plan(model: Any, settings: Alignment, privacy: Privacy, counts: dict[str, i
     return plan_training(model, settings, **counts, epsilon=epsilon, delta=privacy.delta, clip=clip, name=name)
 
 
-def domain_free_tokens(tokenizer: Any, settings: Alignment) -> list[int]:
+def domain_free_tokens(reader: Any, settings: Alignment) -> list[int]:
     """Return the ids of the tokens on which the adapter stays silent."""
-    return leading_tokens(tokenizer) if settings.domain_free_bos else []
+    return leading_tokens(reader) if settings.domain_free_bos else []

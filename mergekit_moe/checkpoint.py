@@ -17,6 +17,7 @@ REPORT = "merge.json"
 """In a merged model: what it was made from, and what became of it."""
 _COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja", "generation_config.json"),
+    *("preprocessor_config.json", "processor_config.json"),  # how an image becomes numbers
     # How sentence-transformers makes one vector of a text.
     *("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json"),
 )
@@ -181,7 +182,7 @@ def identity(folder: Path, weights: str) -> str:
 
 
 def companions(folder: Path) -> list[Path]:
-    """Return a model's tokenizer, generation and pooling files, which a merge passes through byte for byte."""
+    """Return a model's tokenizer, image processor, generation and pooling files: a merge copies them byte for byte."""
     return sorted({file for pattern in _COMPANIONS for file in folder.glob(pattern)})
 
 

@@ -1,9 +1,8 @@
-"""Rows of text from files, folders, the Hub or the Python installation, and their tokens."""
+"""Rows of text or images from files, folders, the Hub or the Python installation, and what models read of them."""
 
 import functools
 import itertools
 import os
-import string
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import TYPE_CHECKING, Any, overload
 
 from mergekit_moe import __version__, hub
 from mergekit_moe.errors import DataError
+from mergekit_moe.images import IMAGE, ImageReader, has_images, image_cell, undecoded
 from mergekit_moe.installed_text import CORPORA
 from mergekit_moe.recipe import DataSource
 from mergekit_moe.task_recipe import Choices
 from mergekit_moe.tasks import CHOICE, TASK_COLUMNS, columns_asked, task_cells, task_features, task_of
+from mergekit_moe.templates import chunks, parts, render
 from mergekit_moe.workspace import digest, file_sha256
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def load_rows(
 ) -> "Dataset":
     """Return the rows of all sources as columns `id`, `prompt`, `completion`, `tag`, `label`, and those of a task.
 
-    Where there is no tag or label it is "".
+    Where there is no tag or label it is "". Rows of images have a column `image`, too, and no text.
 
     For choices these are `completions`, one a choice, and `right`, the number of the right one; where an answer is to
     be written, `answer`.
@@ -50,16 +51,16 @@ def load_rows(
         what: how an error names these rows, such as "the public pool" or "expert 'law'".
         public: True for rows that may lie in the user's `datasets` cache: memory-mapped, they need not fit into memory
             and are made once. Others are kept in memory and leave no copy.
-        tell: is given a sentence about each source of which rows are left out for want of text.
+        tell: is given a sentence about each source of which rows are left out for want of text, or of an image.
 
     Raises:
         DataError: if a source is missing, has no usable row, or lacks a column that a template names.
     """
-    from datasets import Dataset, Features, Value
+    from datasets import Dataset, Features, Image, Value
 
     columns = Features({name: Value("string") for name in _COLUMNS})
     for source in sources:
-        columns |= task_features(source)
+        columns |= task_features(source) if source.image is None else {IMAGE: Image()}
     rows = itertools.chain.from_iterable(_told(source, data_dir, what, public, tell) for source in sources)
     if not public:
         return Dataset.from_list(list(rows), features=columns)
@@ -73,22 +74,26 @@ def load_rows(
 
 def _told(
     source: DataSource, data_dir: Path, what: str, public: bool, tell: Callable[[str], None]
-) -> Iterator[dict[str, str]]:
-    """Yield a source's rows that have text; say how many have none."""
+) -> Iterator[dict[str, Any]]:
+    """Yield a source's rows that have text, or an image; say how many have none."""
     taken, empty = 0, 0
+    wanted, called = ("completion", "text") if source.image is None else (IMAGE, "an image")
     for row in _rows_of(source, data_dir, what, public):
-        if row["completion"]:
+        if row[wanted]:
             taken += 1
             yield row
         else:
             empty += 1
     if not taken:
-        raise DataError(f"{what}: {_name(source)} has no row with text in it; check 'where', 'split' and the templates")
+        raise DataError(
+            f"{what}: {_name(source)} has no row with {called} in it; check 'where', 'split' and the templates"
+        )
     if empty:
-        tell(f"note: {what}: {empty:,} rows of {_name(source)} have no text and are left out")
+        missing = "text" if source.image is None else "image"
+        tell(f"note: {what}: {empty:,} rows of {_name(source)} have no {missing} and are left out")
 
 
-def _on_disk(rows: Iterator[dict[str, str]], columns: Any, name: str) -> "Dataset":
+def _on_disk(rows: Iterator[dict[str, Any]], columns: Any, name: str) -> "Dataset":
     """Return the rows from a file in the `datasets` cache, which is written first unless it is there."""
     from datasets import Dataset, config
     from datasets.arrow_writer import ArrowWriter
@@ -124,8 +129,7 @@ def _identity(source: DataSource) -> dict[str, Any]:
     elsewhere = {"dataset", "installed", "revision", "tag", "license"}
     if not isinstance(task_of(source), Choices):  # which alone, of tasks, change a row's text
         elsewhere.add("task")
-    if source.label is None:
-        elsewhere.add("label")
+    elsewhere |= {field for field in ("label", "image") if getattr(source, field) is None}
     return source.model_dump(mode="json", exclude=elsewhere)
 
 
@@ -147,8 +151,15 @@ def split_held_out(rows: "Dataset") -> tuple["Dataset", "Dataset"]:
     return learnt, rows.select([i for i, out in enumerate(held_out) if out])
 
 
-def texts_of(rows: "Dataset") -> list[str]:
-    """Return what an embedder reads: prompt and completion as one text."""
+def without_task(rows: "Dataset") -> "Dataset":
+    """Return the rows without what their task asks: learnt is their completion."""
+    return rows.remove_columns([name for name in rows.column_names if name in TASK_COLUMNS])
+
+
+def texts_of(rows: "Dataset") -> list[Any]:
+    """Return what an embedder reads: prompt and completion as one text, or an image file's bytes."""
+    if has_images(rows):
+        return [cell["bytes"] for cell in undecoded(rows, IMAGE)[IMAGE]]
     return [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
 
 
@@ -157,24 +168,23 @@ def label_names(*parts: "Dataset") -> list[str]:
     return sorted({label for rows in parts for label in rows["label"]} - {""})
 
 
-class Texts(Sequence[str]):
+class Texts(Sequence[Any]):
     """`texts_of`, read from the rows when asked for: a pool need not fit into memory."""
 
     def __init__(self, rows: "Dataset") -> None:
-        self.rows = rows.select_columns(["prompt", "completion"])
+        self.rows = rows.select_columns([IMAGE] if has_images(rows) else ["prompt", "completion"])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @overload
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: int) -> Any: ...
     @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        taken = self.rows[index]
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, int):
-            return taken["prompt"] + taken["completion"]
-        return [prompt + completion for prompt, completion in zip(taken["prompt"], taken["completion"], strict=True)]
+            return texts_of(self.rows.select([index]))[0]
+        return texts_of(self.rows.select(range(*index.indices(len(self)))))
 
 
 def is_encoders(tokenizer: Any) -> bool:
@@ -182,33 +192,37 @@ def is_encoders(tokenizer: Any) -> bool:
     return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
 
 
-def leading_tokens(tokenizer: Any) -> list[int]:
-    """Return [BOS] if this tokenizer puts BOS before a text of its own accord, else []; CLS sees the whole text."""
-    if is_encoders(tokenizer):
+def leading_tokens(reader: Any) -> list[int]:
+    """Return [BOS] if a tokenizer puts BOS before a text of its own accord, else []; CLS sees the whole text."""
+    if isinstance(reader, ImageReader) or is_encoders(reader):
         return []
-    ids = tokenizer("a")["input_ids"]
-    return ids[:1] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
+    ids = reader("a")["input_ids"]
+    return ids[:1] if reader.bos_token_id is not None and ids[0] == reader.bos_token_id else []
 
 
-def tokenize(rows: "Dataset", tokenizer: Any, max_length: int, names: Sequence[str] = ()) -> "Dataset":
+def tokenize(rows: "Dataset", reader: Any, max_length: int, names: Sequence[str] = ()) -> "Dataset":
     """Return columns `input_ids` and `labels`: BOS, prompt (masked), completion, EOS (learnt).
 
     BOS only where the tokenizer itself puts one, so that users' own inputs look like the training's.
     Rows are cut at `max_length` tokens; a row with nothing left to learn is dropped. Other columns stay.
 
-    An encoder's rows are framed as its tokenizer does, and `labels` is one number a row: of its label.
+    An encoder's rows are framed as its tokenizer does, and `labels` is one number a row: of its label. Rows of images
+    have `pixel_values` in place of `input_ids`, made when a row is read.
 
     Args:
+        reader: the model's tokenizer or ImageReader, from `models.load_reader`.
         names: an encoder's labels, in the order of their numbers; a row with none of them has the number IGNORED.
     """
-    if is_encoders(tokenizer):
-        return _tokenize_whole(rows, tokenizer, max_length, names)
-    bos = leading_tokens(tokenizer)
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if isinstance(reader, ImageReader):
+        return _read_images(rows, reader, names)
+    if is_encoders(reader):
+        return _tokenize_whole(rows, reader, max_length, names)
+    bos = leading_tokens(reader)
+    eos = [] if reader.eos_token_id is None else [reader.eos_token_id]
 
     def encode(row: dict[str, str]) -> dict[str, list[int]]:
-        prompt = bos + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
-        completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + eos
+        prompt = bos + reader(row["prompt"], add_special_tokens=False)["input_ids"]
+        completion = reader(row["completion"], add_special_tokens=False)["input_ids"] + eos
         labels = [IGNORED] * len(prompt) + completion
         return {"input_ids": (prompt + completion)[:max_length], "labels": labels[:max_length]}
 
@@ -226,6 +240,15 @@ def _tokenize_whole(rows: "Dataset", tokenizer: Any, max_length: int, names: Seq
     return rows.map(encode, remove_columns=_own_columns(rows), keep_in_memory=True)
 
 
+def _read_images(rows: "Dataset", reader: ImageReader, names: Sequence[str]) -> "Dataset":
+    number = {name: i for i, name in enumerate(names)}
+    labels = [number.get(label, IGNORED) for label in rows["label"]]
+    # In memory, as rows of tokens are: they are few, and still a file's bytes each.
+    return reader.read(
+        rows.remove_columns(_own_columns(rows)).flatten_indices(keep_in_memory=True).add_column("labels", labels)
+    )
+
+
 def _own_columns(rows: "Dataset") -> list[str]:
     return [name for name in rows.column_names if name in (*_COLUMNS, *TASK_COLUMNS)]
 
@@ -237,23 +260,30 @@ def to_learn(labels: "torch.Tensor") -> "torch.Tensor":
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, "torch.Tensor"]:
     """Return a right-padded batch of int64 tensors, (B, T); other columns, and labels of whole rows, are stacked."""
+    import numpy as np
     import torch
 
-    length = max(len(row["input_ids"]) for row in rows)
+    length = max(len(row.get("input_ids", [])) for row in rows)
 
     def padded(values: Iterable[list[int]], fill: int) -> "torch.Tensor":
         return torch.tensor([v + [fill] * (length - len(v)) for v in values])
 
-    batch = {
+    batch: dict[str, torch.Tensor] = {}
+    if "input_ids" in rows[0]:
         # Padding is masked in attention and labels, so that its id is free: not every model has a pad token.
-        "input_ids": padded((row["input_ids"] for row in rows), 0),
-        "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0),
-    }
+        batch["input_ids"] = padded((row["input_ids"] for row in rows), 0)
+        batch["attention_mask"] = padded(([1] * len(row["input_ids"]) for row in rows), 0)
     for name in rows[0].keys() - batch.keys():
         values = [row[name] for row in rows]
         by_token = name == "labels" and isinstance(values[0], list)
-        batch[name] = padded(values, IGNORED) if by_token else torch.tensor(values)
+        stacked = np.stack(values) if isinstance(values[0], np.ndarray) else values
+        batch[name] = padded(values, IGNORED) if by_token else torch.tensor(stacked)
     return batch
+
+
+def read_in(batch: "dict[str, torch.Tensor]") -> int:
+    """Return how many tokens a collated batch holds for a model to read, or images."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(batch["pixel_values"])
 
 
 def batches(
@@ -266,17 +296,20 @@ def batches(
         yield {key: value.to(device) for key, value in batch.items()}
 
 
-def _rows_of(source: DataSource, data_dir: Path, what: str, public: bool) -> Iterator[dict[str, str]]:
+def _rows_of(source: DataSource, data_dir: Path, what: str, public: bool) -> Iterator[dict[str, Any]]:
     """Yield a source's rows, those without text as one with an empty completion."""
     raw = _load(source, data_dir, what, public)
     asked, templates = columns_asked(source)
-    for column in [*source.where, *([source.tag] if source.tag else []), *asked]:
+    for column in [*source.where, *(name for name in (source.tag, source.image) if name), *asked]:
         _require_column(column, raw.column_names, source, what)
     known = raw.column_names + ([CHOICE] if "right" in task_features(source) else [])
     for template in (source.text, source.prompt, source.completion, source.label, *templates):
-        for _, field in _parts(template or ""):
+        for _, field in parts(template or ""):
             if field is not None:
                 _require_column(field, known, source, what)
+    classes = _class_names(raw)
+    if source.image is not None:
+        raw = undecoded(raw, source.image)
     taken = 0
     for number, row in enumerate(raw):
         if not _matches(row, source):
@@ -284,29 +317,53 @@ def _rows_of(source: DataSource, data_dir: Path, what: str, public: bool) -> Ite
         if source.limit is not None and taken == source.limit:
             return
         taken += 1
-        name = str(row.get(source.id, number))
-        tag = str(row[source.tag]) if source.tag else ""
         try:
-            cells = task_cells(source, row, _render)
-            prompt, label = _render(source.prompt or "", row), _label(source, row)
-            row |= {CHOICE: cells[CHOICE]} if CHOICE in cells else {}
-            pieces = _chunks(_render(source.text or source.completion or "", row), source.chunk)
+            yield from _rows_from(source, row, classes, number)
         except (TypeError, ValueError) as error:
             raise DataError(f"{what}: {_name(source)}, row {number}: {error}") from None
-        for k, piece in enumerate(pieces or [""]):
-            row_id = name if len(pieces) <= 1 else f"{name}{_PIECE}{k}"
-            yield {"id": row_id, "prompt": prompt, "completion": piece, "tag": tag, "label": label} | {
-                name: cells[name] for name in TASK_COLUMNS if name in cells
-            }
 
 
-def _label(source: DataSource, row: dict[str, Any]) -> str:
-    """Return what a row's text is one of, as it is shown; "" where rows have no label.
+def _rows_from(
+    source: DataSource, row: dict[str, Any], classes: dict[str, list[str]], number: int
+) -> Iterator[dict[str, Any]]:
+    """Yield what one row of a source becomes: a row, or one for each chunk of its text.
+
+    Raises:
+        TypeError: if a cell can't be shown in a template.
+        ValueError: if something that a row needs is missing or broken.
+    """
+    name = str(row.get(source.id, number))
+    shared = {"tag": str(row[source.tag]) if source.tag else "", "label": _label(source, row, classes)}
+    if source.image is not None:
+        yield {"id": name, "prompt": "", "completion": "", **shared, IMAGE: image_cell(row[source.image], source.image)}
+        return
+    cells = task_cells(source, row, render)
+    prompt = render(source.prompt or "", row)
+    row |= {CHOICE: cells[CHOICE]} if CHOICE in cells else {}
+    pieces = chunks(render(source.text or source.completion or "", row), source.chunk)
+    for k, piece in enumerate(pieces or [""]):
+        row_id = name if len(pieces) <= 1 else f"{name}{_PIECE}{k}"
+        yield {"id": row_id, "prompt": prompt, "completion": piece, **shared} | {
+            name: cells[name] for name in TASK_COLUMNS if name in cells
+        }
+
+
+def _class_names(raw: "Dataset | IterableDataset") -> dict[str, list[str]]:
+    """Return the names of the classes of columns that hold their numbers."""
+    return {name: kind.names for name, kind in (raw.features or {}).items() if hasattr(kind, "names")}
+
+
+def _label(source: DataSource, row: dict[str, Any], classes: dict[str, list[str]]) -> str:
+    """Return what a row's text or image is one of, as it is shown; "" where rows have no label.
 
     Raises:
         ValueError: if this row alone has none: nothing could be learnt from it, nor judged by it.
     """
-    label = _render(source.label or "", row).replace("_", " ")
+    shown = {
+        name: names[row[name]] if row[name] is not None and 0 <= row[name] < len(names) else ""
+        for name, names in classes.items()
+    }
+    label = render(source.label or "", {**row, **shown}).replace("_", " ")
     if source.label is not None and not label.strip():
         raise ValueError(f"the label {source.label} is empty; fill it in, or leave such rows out by 'where'")
     return label
@@ -365,51 +422,6 @@ def _installed_content(corpus: str) -> str:
 
 def _matches(row: dict[str, Any], source: DataSource) -> bool:
     return all(row[column] in (v if isinstance(v, list) else [v]) for column, v in source.where.items())
-
-
-def _render(template: str, row: dict[str, Any]) -> str:
-    # Not str.format: it would take a dot in a column's name for an attribute.
-    return "".join(text + ("" if field is None else _as_text(row[field])) for text, field in _parts(template))
-
-
-@functools.cache
-def _parts(template: str) -> list[tuple[str, str | None]]:
-    """Return a template's pieces: some text, and the column that follows it, if any."""
-    return [(text, field) for text, field, _, _ in string.Formatter().parse(template)]
-
-
-def _as_text(value: Any) -> str:
-    """Return a cell as text; a dialogue (pairs of speaker and utterance, or chat messages) one line a turn."""
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        return "\n".join(_as_turn(turn) for turn in value)
-    if not isinstance(value, str | int | float):
-        raise TypeError(
-            f"a template takes text, numbers or a list of turns, and this cell holds {type(value).__name__}"
-        )
-    return str(value)
-
-
-def _as_turn(turn: Any) -> str:
-    if isinstance(turn, dict):
-        turn = [turn.get("role", turn.get("from", "")), turn.get("content", turn.get("value", ""))]
-    return ": ".join(map(str, turn)) if isinstance(turn, list) else _as_text(turn)
-
-
-def _chunks(text: str, size: int | None) -> list[str]:
-    """Split text at line ends into pieces of at most `size` characters; a longer line is cut."""
-    if not text.strip():
-        return []
-    if size is None:
-        return [text]
-    pieces = [""]
-    for line in text.splitlines(keepends=True):
-        for part in (line[i : i + size] for i in range(0, len(line), size)):
-            if len(pieces[-1]) + len(part) > size:
-                pieces.append("")
-            pieces[-1] += part
-    return [piece for piece in pieces if piece.strip()]
 
 
 def _require_column(column: str, columns: list[str], source: DataSource, what: str) -> None:

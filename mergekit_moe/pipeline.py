@@ -55,7 +55,7 @@ def run(job: Job, only: str | None = None) -> None:
             plan(
                 job,
                 merging=merging,
-                base=only != "select" or bool(job.foreign),
+                base=only != "select" or bool(job.foreign) or job.embeds_itself,
                 carding=only in (None, "card") and job.recipe.merge.method == "moe",
             )
 
@@ -238,7 +238,7 @@ def align_client(job: Job, client: ExpertSource, out: Path) -> None:
         out=out,
         privacy=job.recipe.privacy_of(client),
         private_rows=len(private),
-        names=data.label_names(private),
+        names=data.label_names(private, job.pool),
         temperature=job.recipe.matching.temperature,
     )
 
@@ -246,17 +246,17 @@ def align_client(job: Job, client: ExpertSource, out: Path) -> None:
 def publish_client(job: Job, client: ExpertSource, out: Path) -> None:
     """Assemble the folder that a client may publish, its ledger and its card."""
     from mergekit_moe.alignment import domain_free_tokens
-    from mergekit_moe.models import load_tokenizer
+    from mergekit_moe.models import load_reader
     from mergekit_moe.publication import publish_expert
 
-    tokenizer = load_tokenizer(job.base.folder)
+    reader = load_reader(job.base.folder)
     about = {
         "name": client.name,
         "base_model": job.base.public_name,
         "base_revision": job.base.revision,
         "base_weights": job.base_weights,
         "license": client.license or job.base_license,
-        "domain_free_token_ids": domain_free_tokens(tokenizer, job.recipe.alignment),
+        "domain_free_token_ids": domain_free_tokens(reader, job.recipe.alignment),
     }
     proxies = read_proxies(job.workspace.folder(f"proxies/{client.name}"), client.name)
     publish_expert(
@@ -264,7 +264,7 @@ def publish_client(job: Job, client: ExpertSource, out: Path) -> None:
         job.base.folder,
         about=about,
         proxies=proxies,
-        proxy_tokens=data.tokenize(job.pool.select(proxies["rows"]), tokenizer, job.recipe.router.max_length),
+        proxy_tokens=data.tokenize(job.pool.select(proxies["rows"]), reader, job.recipe.router.max_length),
         statistics=protecting.statistics_file(job, client),
         out=out,
     )
@@ -353,7 +353,7 @@ def _proxy_tokens(job: Job) -> "Dataset":
 
 def _tokens_of(job: Job, number: int) -> "Dataset":
     """Return one expert's tokenised proxies, with its number as the column `expert`; the anchor's come last."""
-    from mergekit_moe.models import load_tokenizer
+    from mergekit_moe.models import load_reader
 
     if number == len(job.recipe.experts):
         name, rows = ANCHOR, job.anchor_rows()
@@ -361,7 +361,7 @@ def _tokens_of(job: Job, number: int) -> "Dataset":
         expert = job.expert(job.recipe.experts[number])
         name, rows = expert.name, job.proxy_rows(expert)
     max_length = job.recipe.router.max_length
-    tokens = data.tokenize(rows, load_tokenizer(job.base.folder), max_length)
+    tokens = data.tokenize(rows, load_reader(job.base.folder), max_length)
     if len(tokens) == 0:
         raise DataError(
             f"expert '{name}': no proxy has a token to learn within router.max_length {max_length}; raise it"

@@ -23,6 +23,7 @@ _CARD = "README.md"
 _CHECKPOINT = (
     *("config.json", "generation_config.json", "*.safetensors", INDEX, _CARD, MANIFEST),
     *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja"),
+    *("preprocessor_config.json", "processor_config.json"),
 )
 _POOLING = ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json")
 """Of a text encoder, as sentence-transformers reads it."""
@@ -35,6 +36,7 @@ _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "seed model": (("config.json", "model.safetensors", MANIFEST), _CHECKPOINT),
     "proxy set": (("proxies.jsonl", _CARD), (MANIFEST,)),
+    "proxy set of images": (("proxies.parquet", _CARD), (MANIFEST,)),
 }
 """What may be pushed -> the files by which it is known, and the others that it may have."""
 _PRIVATE_INPUTS = {"private", "held_out", "embeddings", "gains"}
@@ -64,7 +66,7 @@ class _Upload(NamedTuple):
     @property
     def repo_type(self) -> str:
         """In the Hub's words."""
-        return "dataset" if self.kind == "proxy set" else "model"
+        return "dataset" if self.kind.startswith("proxy set") else "model"
 
     def head(self) -> str:
         """Return the sha of the repository's head."""

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from mergekit_moe.image_recipe import check_content, check_images
 from mergekit_moe.label_recipe import Matching, check_labels
 from mergekit_moe.privacy_recipe import Privacy, forbid_unaccounted
 from mergekit_moe.router_recipe import BY_PUBLISHED, NO_PROXIES, Router, Training
@@ -21,7 +22,7 @@ ExportFormat = Literal["mixtral", "qwen3_moe", "qwen2_moe", "flex_olmo"]
 
 
 class DataSource(Spec):
-    """Rows of text, and the templates that turn a row into a training example."""
+    """Rows of text, and the templates that turn a row into a training example; or rows of images."""
 
     dataset: str | None = None
     """A .jsonl, .json, .csv, .parquet or .txt file (.gz too), a folder, or a Hub data set's id."""
@@ -39,8 +40,12 @@ class DataSource(Spec):
     completion: str | None = None
     """Template for what is learnt; required with `prompt`."""
     label: str | None = None
-    """Template for what the text is one of, such as `{intent}`; underscores are shown as spaces. With `text` only, and
-    for a text encoder: it learns to put a text nearest to the name of its label."""
+    """Template for what the text or image is one of, such as `{intent}` or `a photo of a {breed}`; underscores are
+    shown as spaces, a class by its name. With `text` or `image` only, and for an encoder: it learns to put a text or
+    image nearest to the name of its label. Where the pool's rows have labels, every expert learns to tell its own from
+    those, too; only the clients' own are what models are judged by."""
+    image: str | None = None
+    """Column that holds an image, in place of a text: a PNG or JPEG file's bytes, or as `datasets` keeps images."""
     chunk: int | None = Field(None, ge=50)
     """Characters. Longer texts are split at line ends into rows of at most this size (plain text only)."""
     id: str = "id"
@@ -58,28 +63,20 @@ class DataSource(Spec):
     def _check(self) -> Self:
         if (self.dataset is None) == (self.installed is None):
             raise ValueError("give either 'dataset' or 'installed'")
-        if self.text is None and self.completion is None:
-            raise ValueError("give 'text', or 'prompt' and 'completion', as templates such as '{text}'")
-        if self.text is not None and (self.prompt is not None or self.completion is not None):
-            raise ValueError("give either 'text' or 'prompt' and 'completion', not both")
-        if self.label is not None and self.text is None:
-            raise ValueError(
-                "'label' is what a 'text' is one of; drop it, or give 'text' instead of prompt and completion"
-            )
+        check_content(self)
         if self.streaming and self.limit is None:
             raise ValueError("'streaming' needs a 'limit', the number of rows to read")
-        if self.chunk is not None and self.text is None:
-            raise ValueError("'chunk' splits plain text only; drop it, or use 'text'")
         for template in (self.text, self.prompt, self.completion, self.label):
             check_template(template or "")
         return self
 
 
-class HeldOut(DataSource):
-    """Rows that no stage learns from, and how models are judged by them."""
+class ClientRows(DataSource):
+    """Rows of a client's domain, to learn from or to judge by, and what they ask."""
 
     task: Task | None = None
-    """What to judge by beside the loss: `choices`, or an `answer` to be written."""
+    """What held-out rows are judged by beside the loss: `choices`, or an `answer` to be written. Of choices, the right
+    one is learnt."""
 
     @model_validator(mode="after")
     def _check_task(self) -> Self:
@@ -116,9 +113,9 @@ class Seed(Training):
 class Client(Spec):
     """Data that stays with a client."""
 
-    private: DataSource
+    private: ClientRows
     """What the client's expert is for. Read by `select` and `align`; they leave no copy of a row on disk."""
-    test: HeldOut | None = None
+    test: ClientRows | None = None
     """Held-out rows of the same domain, for `evaluate`; without it every tenth private row is held out."""
     prompts: list[Annotated[str, Field(min_length=1)]] = []
     """Sentences that describe the domain, for `selection.relevance: prompts`."""
@@ -137,7 +134,7 @@ class ExpertSource(Spec):
     revision: str | None = None
     client: Client | None = None
     """Inline, or the path of a YAML file that holds it."""
-    test: HeldOut | None = None
+    test: ClientRows | None = None
     """Held-out rows for `evaluate`, for an expert that comes from a `source`."""
     proxies: Literal["published", "expert-gain"] = "published"
     """`expert-gain` picks them here for a `source` that published none: pool texts that it reads better than the base
@@ -165,8 +162,8 @@ class ExpertSource(Spec):
     @property
     def task(self) -> Task | None:
         """What its held-out rows ask."""
-        test = self.client.test if self.client is not None else self.test
-        return test.task if test is not None else None
+        held_out = (self.client.test or self.client.private) if self.client is not None else self.test
+        return held_out.task if held_out is not None else None
 
     @property
     def rows(self) -> list[DataSource]:
@@ -201,7 +198,8 @@ class Selection(Spec):
     draw_private: bool = False
     """Draw held-out private texts on the map of pool and proxies, too. It stays in the client's workspace."""
     embedder: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """Hub id, folder, or `package:NAME` for an installed package with a `get_model_path()`."""
+    """Hub id, folder, or `package:NAME` for an installed package with a `get_model_path()`. For images a CLIP-style
+    one, or `seed`, the base model's own image tower, which is their default."""
     embedder_max_length: int | None = Field(None, ge=8)
     """Tokens; the embedder's own limit where not given."""
     embedder_backend: Literal["auto", "torch", "openvino"] = "auto"
@@ -367,6 +365,7 @@ class Recipe(Spec):
             if expert.client is not None:
                 forbid_unaccounted(expert.name, self.privacy_of(expert), self)
         check_labels(self)
+        check_images(self)
         self._check_merge(names)
         if self.public_pool is None:
             self._check_without_pool()

@@ -28,7 +28,18 @@ class Training(Spec):
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = 0.0
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """Of SGD; AdamW keeps its own averages."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """A step's gradient is shortened to this norm; 0 takes it as it is."""
     bf16: bool = False
+
+    @model_validator(mode="after")
+    def _check_optimizer(self) -> Self:
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError("'momentum' is sgd's, and optimizer is adamw; drop it, or set optimizer to sgd")
+        return self
 
 
 class RouterTraining(Training):

@@ -1,7 +1,7 @@
 """How held-out rows are judged beyond the loss: by the choice that a model makes, or by what it writes."""
 
 import re
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -12,10 +12,12 @@ class Choices(Spec):
     """Several answers to each row's prompt: a model's is the one that it finds most likely."""
 
     choices: str | list[str]
-    """Column that holds a list of texts, or a template for each choice. `{choice}` in `completion` stands for one of
-    them where a model is judged, for the right one where the loss is taken."""
+    """Column that holds a list of texts, or a template for each choice, such as its letter. `{choice}` in `completion`
+    stands for one of them where a model is judged, for the right one where the loss is taken."""
     answer: str
-    """Column that tells the right choice: by its text, its number from 0, or its letter from A."""
+    """Column that tells the right choice: by its text, its number (from `first`), or its letter from A."""
+    first: Literal[0, 1] = 0
+    """Number of the first choice, where `answer` is a number: SocialIQA counts from 1."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

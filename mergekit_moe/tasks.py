@@ -1,10 +1,10 @@
-"""Held-out rows as questions: the choices and the right one, or the text that is to be written."""
+"""Rows as questions: the choices and the right one, or the text that is to be written."""
 
 import string
 from collections.abc import Callable
 from typing import Any
 
-from mergekit_moe.recipe import DataSource, HeldOut
+from mergekit_moe.recipe import ClientRows, DataSource
 from mergekit_moe.task_recipe import Choices, Generation
 
 TASK_COLUMNS = ("completions", "right", "answer")
@@ -14,7 +14,7 @@ CHOICE = "choice"
 
 
 def task_of(source: DataSource) -> Choices | Generation | None:
-    return source.task if isinstance(source, HeldOut) else None
+    return source.task if isinstance(source, ClientRows) else None
 
 
 def task_features(source: DataSource) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def task_cells(source: DataSource, row: dict[str, Any], render: Callable[..., st
     if not isinstance(task, Choices):
         return {"answer": render(task.answer, row)}
     texts, labels = _choices(task, row, render)
-    right = _right_choice(row[task.answer], texts, labels, task.answer)
+    right = _right_choice(row[task.answer], texts, labels, task)
     completions = [render(source.completion, {**row, CHOICE: text}) for text in texts]
     return {"completions": completions, "right": right, CHOICE: texts[right]}
 
@@ -76,16 +76,16 @@ def _choices(task: Choices, row: dict[str, Any], render: Callable[..., str]) -> 
     return texts, labels
 
 
-def _right_choice(answer: Any, texts: list[str], labels: list[str], column: str) -> int:
+def _right_choice(answer: Any, texts: list[str], labels: list[str], task: Choices) -> int:
     letters = list(string.ascii_uppercase[: len(texts)])
-    numbers = [str(number) for number in range(len(texts))]
+    numbers = [str(task.first + place) for place in range(len(texts))]
     # A number counts, unless it is a label; as text it may be a choice's own.
     kinds = (labels, numbers) if isinstance(answer, int) else (labels, texts, letters, numbers)
-    name = str(int(answer)) if isinstance(answer, bool) else str(answer)
-    for names in kinds:
+    name = str(int(answer)) if isinstance(answer, bool) else str(answer).strip()
+    for names in ([each.strip() for each in kind] for kind in kinds):
         if name in names:
             return names.index(name)
     raise ValueError(
-        f"column '{column}' holds {answer!r}, which is none of the {len(texts)} choices; "
-        "give a choice's text, its number from 0, or its letter from A"
+        f"column '{task.answer}' holds {answer!r}, which is none of the {len(texts)} choices; "
+        f"give a choice's text, its number from {task.first}, or its letter from A"
     )

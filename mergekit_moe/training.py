@@ -5,9 +5,11 @@ A run that is killed goes on from its last checkpoint, and ends as if nobody had
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments, set_seed
@@ -69,7 +71,7 @@ def train(
     """Train `model` in place on tokenised rows; return the log, one entry about every twentieth of the way.
 
     Args:
-        rows: columns `input_ids` and `labels`, and whatever else the trainer's loss reads.
+        rows: columns that `data.tokenize` makes, and whatever else the trainer's loss reads.
         folder: where the Trainer may put its own files while it runs; what a killed run left there is gone on with.
         trainer: a PartTrainer with another loss.
         mixed: draw batches at random; by default rows of like length share a batch, which wastes no padding
@@ -88,10 +90,11 @@ def train(
         gradient_accumulation_steps=settings.gradient_accumulation,
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
         lr_scheduler_type=settings.scheduler,
         bf16=settings.bf16,
         use_cpu=process_state().device.type == "cpu",
-        train_sampling_strategy="random" if mixed else "group_by_length",
+        train_sampling_strategy="random" if mixed or "input_ids" not in rows.column_names else "group_by_length",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         save_steps=_PART,
@@ -109,12 +112,21 @@ def train(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # a GPU a process, by `accelerate launch`; never DataParallel
     callbacks = [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
     data = {"train_dataset": rows, "eval_dataset": judges, "data_collator": collate}
-    run = trainer(model=model, args=arguments, callbacks=callbacks, **data)
+    # Not by `optim`: not every release of the library hands its arguments on to SGD.
+    chosen = None if settings.optimizer == "adamw" else optimizer_of(settings)
+    run = trainer(model=model, args=arguments, callbacks=callbacks, optimizer_cls_and_kwargs=chosen, **data)
     _go_on(run, _last_checkpoint(scratch))
     wait_for_everyone()
     if is_main_process():
         shutil.rmtree(scratch, ignore_errors=True)
     return [entry for entry in run.state.log_history if "loss" in entry or "eval_loss" in entry]
+
+
+def optimizer_of(settings: Training) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, float]]:
+    """Return an optimizer's class and its arguments, but for the weight decay."""
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD, {"lr": settings.learning_rate, "momentum": settings.momentum}
+    return torch.optim.AdamW, {"lr": settings.learning_rate}
 
 
 def _go_on(run: PartTrainer, checkpoint: Path | None) -> None:

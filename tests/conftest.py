@@ -45,19 +45,22 @@ TINY = {
     "pad_token_id": PAD,
 }
 # What a family needs beside TINY; windows are shorter than the tests' texts, so that they matter.
+IMAGES = {"image_size": 16, "patch_size": 4}
 SPECIAL: dict[str, dict[str, Any]] = {
-    "CLIPVision": {"image_size": 16, "patch_size": 4},
+    "CLIP": {"projection_dim": 16, "vision_config": {**TINY, **IMAGES}, "text_config": {**TINY, "eos_token_id": 2}},
+    "CLIPVision": IMAGES,
     "Gemma": {"head_dim": 8},
     "Gemma2": {"head_dim": 8, "sliding_window": 6},
     "Gemma3Text": {"head_dim": 8, "sliding_window": 6},
     "ModernBert": {"cls_token_id": 1, "sep_token_id": 2, "mlp_bias": True},
     "Qwen3": {"head_dim": 8},
-    "ViT": {"image_size": 16, "patch_size": 4},
+    "ViT": IMAGES,
 }
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PLAIN = ("fc1", "fc2")
 FFN = {
     "Bert": ("intermediate.dense", "output.dense"),
+    "CLIP": PLAIN,
     "CLIPVision": PLAIN,
     "GPTNeoX": ("dense_h_to_4h", "dense_4h_to_h"),
     "ModernBert": ("Wi", "Wo"),
@@ -99,6 +102,12 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
 
 
+def sizes_of(family: str) -> dict[str, Any]:
+    """Return the settings of a tiny configuration; a model of two towers has them in its parts."""
+    special = SPECIAL.get(family, {})
+    return special if "vision_config" in special else {**TINY, **special}
+
+
 def tiny_moe(family: str, ranks: tuple[int | None, ...] = (2, 4, 3), **settings: Any) -> transformers.PreTrainedModel:
     """Return a random MoE of `family`, an expert for each rank (0: without any difference; None: dense)."""
     projections = FFN.get(family, PROJECTIONS)
@@ -110,7 +119,7 @@ def tiny_moe(family: str, ranks: tuple[int | None, ...] = (2, 4, 3), **settings:
     ]
     settings = {"router_excluded_token_ids": [BOS], **settings}
     torch.manual_seed(0)
-    config = config_class(family)(**{**TINY, **SPECIAL.get(family, {}), "experts": experts, **settings})
+    config = config_class(family)(**{**sizes_of(family), "experts": experts, **settings})
     model = model_class(family, "ForCausalLM" if family in DECODERS else "Model")(config).eval()
     randomise(model)
     return model
@@ -119,7 +128,7 @@ def tiny_moe(family: str, ranks: tuple[int | None, ...] = (2, 4, 3), **settings:
 def tiny_dense(family: str = "Llama", seed: int = 0, **settings: Any) -> transformers.PreTrainedModel:
     """Return a random model of `family` without experts: the native class."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**{**TINY, **SPECIAL.get(family, {}), **settings})
+    config = getattr(transformers, f"{family}Config")(**{**sizes_of(family), **settings})
     head = "ForCausalLM" if family in DECODERS else "Model"
     return getattr(transformers, f"{family}{head}".replace("3TextFor", "3For"))(config).eval()
 

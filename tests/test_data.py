@@ -53,6 +53,13 @@ def test_dialogues_become_one_line_a_turn(tmp_path: Path) -> None:
     assert rows["completion"][0] == "user: hi\nassistant: hello"
 
 
+def test_labelled_choices_become_one_line_a_choice(tmp_path: Path) -> None:
+    choices = {"label": ["A", "B"], "text": ["ignore", "enforce"]}
+    write_jsonl(tmp_path / "d.jsonl", [{"question": "what?", "choices": choices}])
+    rows = load_rows([source(text="{question}\n{choices}\nAnswer:")], tmp_path, "x")
+    assert rows["completion"][0] == "what?\nA. ignore\nB. enforce\nAnswer:"
+
+
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.json", "d.csv", "d.parquet", "d.txt"])
 def test_every_kind_of_file_is_read(tmp_path: Path, name: str) -> None:
     import pandas as pd
@@ -74,9 +81,9 @@ def test_every_kind_of_file_is_read(tmp_path: Path, name: str) -> None:
 
 def test_chunks_end_at_lines_lose_nothing_and_fit() -> None:
     text = "\n".join(f"line {i} " + "x" * (i % 70) for i in range(60)) + "\n" + "y" * 400
-    from mergekit_moe.data import _chunks
+    from mergekit_moe.templates import chunks
 
-    pieces = _chunks(text, 100)
+    pieces = chunks(text, 100)
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 100
     assert all(piece.endswith("\n") for piece in pieces[:30])

@@ -19,7 +19,7 @@ from mergekit_moe.evaluation.choices import choice_likelihoods, judge_choices
 from mergekit_moe.evaluation.generation import judge_generation, write_answers
 from mergekit_moe.harness import _language_model
 from mergekit_moe.models import load_model
-from mergekit_moe.recipe import Evaluation, HeldOut
+from mergekit_moe.recipe import ClientRows, Evaluation
 from mergekit_moe.seed import train_tokenizer
 
 Command = Callable[..., tuple[int, str, str]]
@@ -80,11 +80,11 @@ def test_its_accuracies_are_ours(kind: str, tasks: Path, tmp_path: Path, command
     assert code == 0, errors
     found = json.loads((tmp_path / "found.json").read_text())["results"]
     model, sources = load_model(folder), {"dataset": "d.jsonl", "prompt": "{q}"}
-    asked = load_rows([HeldOut(**sources, completion=" {choice}", task=CHOICES)], tmp_path, "x")
+    asked = load_rows([ClientRows(**sources, completion=" {choice}", task=CHOICES)], tmp_path, "x")
     ours = judge_choices(model, TOKENIZER, asked, Evaluation())
     assert found["tiny_choices"]["acc,none"] == pytest.approx(ours["accuracy"])
     assert found["tiny_choices"]["acc_norm,none"] == pytest.approx(ours["accuracy_normalised"])
-    numbers = HeldOut(**sources, completion=" {answer}", task=WRITTEN)
+    numbers = ClientRows(**sources, completion=" {answer}", task=WRITTEN)
     asked = load_rows([numbers], tmp_path, "x")
     wrote = judge_generation(model, TOKENIZER, asked, numbers.task, Evaluation())
     assert found["tiny_numbers"]["exact_match,number"] == pytest.approx(wrote["accuracy"])

@@ -10,7 +10,8 @@ from mergekit_moe.errors import RecipeError
 from mergekit_moe.recipe import Seed
 from mergekit_moe.recipe_file import change_recipe, load_recipe
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+_ALL = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+RECIPES = [path for path in _ALL if path.parent.name != "accelerate"]
 CLIENT = {"private": {"dataset": "a.jsonl", "text": "{text}"}}
 GOOD: dict[str, Any] = {
     "base_model": "org/seed",

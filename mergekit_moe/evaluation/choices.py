@@ -1,5 +1,6 @@
 """Choices between given answers: a model's is the one that it finds most likely."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mergekit_moe.data import IGNORED, leading_tokens
@@ -12,7 +13,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def judge_choices(model: "PreTrainedModel", tokenizer: Any, rows: "Dataset", settings: Evaluation) -> dict[str, float]:
+Losses = Callable[["Dataset"], list[float]]
+"""From tokenised rows to the summed loss of each."""
+
+
+def judge_choices(
+    model: "PreTrainedModel", tokenizer: Any, rows: "Dataset", settings: Evaluation, *, losses: Losses | None = None
+) -> dict[str, float]:
     """Return `accuracy` and `accuracy_normalised`: the share of rows whose likeliest completion is the right one.
 
     Normalised is by the log-likelihood a character, white space at a completion's ends not counted: what
@@ -20,8 +27,9 @@ def judge_choices(model: "PreTrainedModel", tokenizer: Any, rows: "Dataset", set
 
     Args:
         rows: with `prompt`, `completions` and `right`.
+        losses: of who is judged, where it is not `model` alone.
     """
-    likelihoods = choice_likelihoods(model, tokenizer, rows, settings)
+    likelihoods = choice_likelihoods(model, tokenizer, rows, settings, losses=losses)
     hits = normalised_hits = 0
     for row, of_row in zip(rows, likelihoods, strict=True):
         lengths = [len(completion.strip()) for completion in row["completions"]]
@@ -31,7 +39,7 @@ def judge_choices(model: "PreTrainedModel", tokenizer: Any, rows: "Dataset", set
 
 
 def choice_likelihoods(
-    model: "PreTrainedModel", tokenizer: Any, rows: "Dataset", settings: Evaluation
+    model: "PreTrainedModel", tokenizer: Any, rows: "Dataset", settings: Evaluation, *, losses: Losses | None = None
 ) -> list[list[float]]:
     """Return each row's log-likelihoods, one a completion, in nats, given its prompt; EOS isn't asked for.
 
@@ -47,8 +55,9 @@ def choice_likelihoods(
     ]
     # Long ones first: rows of a batch are of like length, and what doesn't fit into memory fails at once.
     order = sorted(range(len(encoded)), key=lambda place: -len(encoded[place]["input_ids"]))
-    losses, _ = row_losses(model, Dataset.from_list([encoded[place] for place in order]), settings.batch_size)
-    found = dict(zip(order, losses, strict=True))
+    ordered = Dataset.from_list([encoded[place] for place in order])
+    summed = row_losses(model, ordered, settings.batch_size)[0] if losses is None else losses(ordered)
+    found = dict(zip(order, summed, strict=True))
     likelihoods = iter(-found[place] for place in range(len(encoded)))
     return [[next(likelihoods) for _ in row["completions"]] for row in rows]
 

@@ -26,7 +26,7 @@ def assemble(methods: dict[str, Any], experts: list[str]) -> dict[str, Any]:
     seeds = {seed for method in methods.values() for seed in method["seeds"]}
     results = [result for method in methods.values() for result in method["seeds"].values()]
     domains = list(results[0]["domains"]) if results else []
-    metric = "accuracy" if results and "accuracy" in results[0]["domains"][domains[0]] else "loss"
+    metric = "accuracy" if results and all("accuracy" in results[0]["domains"][d] for d in domains) else "loss"
     for seed in seeds:
         alone = {d: methods.get(f"expert-{d}", {"seeds": {}})["seeds"].get(seed) for d in domains}
         if all(alone.values()):
@@ -53,7 +53,7 @@ def _retention(scores: dict[str, Any], references: dict[str, Any], metric: str) 
     kept: dict[str, float | None] = {}
     for domain, score in scores.items():
         seed, own = references.get("seed"), references.get(f"expert-{domain}")
-        if seed is None or own is None or seed[domain][metric] == own[domain][metric]:
+        if seed is None or own is None or metric not in score or seed[domain][metric] == own[domain][metric]:
             kept[domain] = None
         else:
             gained = own[domain][metric] - seed[domain][metric]
@@ -76,8 +76,8 @@ def comparison_rows(comparison: dict[str, Any], groups: tuple[str, ...]) -> tupl
         results = list(method["seeds"].values())
         over = [(result, _of_seed(comparison, seed)) for seed, result in method["seeds"].items()]
         row = [f"**{method['label']}**" if method["group"] == "ours" else method["label"]]
-        row += [_spread([r["domains"][domain][metric] for r in results]) for domain in domains]
-        row.append(_spread([statistics.fmean(r["domains"][d][metric] for d in domains) for r in results]))
+        row += [_spread([r["domains"][domain].get(metric) for r in results]) for domain in domains]
+        row.append(_spread([_average(r, domains, metric) for r in results]))
         row.append(_spread([r["retention"]["mean"] for r in results]))
         row.append(_spread([_routing(r) for r in results]))
         row += [_spread([_worse(r, seed, name) for r, seed in over], percent=True) for name in strangers]
@@ -110,6 +110,12 @@ def write_tables(comparison: dict[str, Any], out: Path) -> None:
 
 def _results(comparison: dict[str, Any]) -> list[Any]:
     return [result for method in comparison["methods"].values() for result in method["seeds"].values()]
+
+
+def _average(result: dict[str, Any], domains: list[str], metric: str) -> float | None:
+    """Return the mean over all domains; None where one has none: a vote writes no answers."""
+    scores = [result["domains"][domain].get(metric) for domain in domains]
+    return None if None in scores else statistics.fmean(scores)
 
 
 def _routing(result: dict[str, Any]) -> float | None:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_moe.evaluation.choices import judge_choices
+from mergekit_moe.evaluation.choices import Losses, judge_choices
 from mergekit_moe.evaluation.generation import judge_generation
 from mergekit_moe.recipe import Evaluation
 from mergekit_moe.task_recipe import Choices, Generation
@@ -21,9 +21,15 @@ class Questions(NamedTuple):
     tokenizer: Any
 
 
-def judge(model: "PreTrainedModel", questions: Questions, settings: Evaluation) -> dict[str, float]:
-    """Return `accuracy`, and for choices `accuracy_normalised`."""
+def judge(
+    model: "PreTrainedModel", questions: Questions, settings: Evaluation, *, losses: Losses | None = None
+) -> dict[str, float]:
+    """Return `accuracy`, and for choices `accuracy_normalised`.
+
+    Args:
+        losses: of several models that vote. They choose, but write nothing: then there is no accuracy.
+    """
     rows, task, tokenizer = questions
     if isinstance(task, Choices):
-        return judge_choices(model, tokenizer, rows, settings)
-    return judge_generation(model, tokenizer, rows, task, settings)
+        return judge_choices(model, tokenizer, rows, settings, losses=losses)
+    return judge_generation(model, tokenizer, rows, task, settings) if losses is None else {}

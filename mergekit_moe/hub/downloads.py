@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_moe.checkpoint import Header, header_length, parse_header, read_header
 from mergekit_moe.errors import DataError, ExpertError
@@ -286,7 +286,7 @@ def load_hub_dataset(
     sha = resolve_dataset(source, revision, what).rpartition("@")[2]
     try:
         if streaming and not _is_offline():
-            return ask(lambda: load_dataset(source, revision=sha, split=split, streaming=True))
+            return _ask_for_rows(source, sha, lambda: load_dataset(source, revision=sha, split=split, streaming=True))
         # From the folder: by its name, `datasets` takes another commit from its cache while the Hub is down.
         folder = _fetch_dataset(source, sha, revision)
         return load_dataset(str(folder), split=split, streaming=streaming)
@@ -313,12 +313,31 @@ def _files_of_rows(source: str, sha: str) -> list[str]:
         return read_json(note)
     if _is_offline():
         raise RefusalError("can't be looked up on the Hub in offline mode, and the cache lacks it", down=True)
-    files: dict[str, list[str]] = ask(lambda: load_dataset_builder(source, revision=sha)).config.data_files or {}
+    builder = _ask_for_rows(source, sha, lambda: load_dataset_builder(source, revision=sha))
+    files: dict[str, list[str]] = builder.config.data_files or {}
     names = [url.partition(f"@{sha}/")[2] for split in files.values() for url in split]
     if not all(names) or not names:
         raise RefusalError(f"has no files of rows at {sha[:7]} that the Hub would tell of; try again")
     _write_whole(note, json.dumps(names))
     return names
+
+
+def _ask_for_rows(source: str, sha: str, call: Callable[[], Any]) -> Any:
+    """Ask `datasets`, which runs no loading scripts.
+
+    Raises:
+        RefusalError: if the repository is one.
+    """
+    try:
+        return ask(call)
+    except RuntimeError:
+        script = f"{source.rpartition('/')[2]}.py"
+        if script not in listed_files(source, sha, "dataset"):
+            raise
+    raise RefusalError(
+        f"is a loading script, {script}, which is never run; what it makes the Hub keeps as files: give "
+        "`revision: refs/convert/parquet`"
+    )
 
 
 def _is_path(source: str) -> bool:

@@ -22,12 +22,12 @@ _EXACT_UP_TO = 1024
 
 def uniform(base: Base, expert: Expert | None, name: str, layer: int, seed: int) -> Tensor:
     """Every expert scores zero."""
-    return torch.zeros(base.config["hidden_size"])
+    return torch.zeros(base.sized["hidden_size"])
 
 
 def random(base: Base, expert: Expert | None, name: str, layer: int, seed: int) -> Tensor:
     """Independent normal numbers of variance 1 / H, by the expert's name."""
-    size = base.config["hidden_size"]
+    size = base.sized["hidden_size"]
     generator = torch.Generator().manual_seed(int(digest([seed, name, layer])[:12], 16))
     return torch.randn(size, generator=generator) / math.sqrt(size)
 
@@ -45,7 +45,7 @@ def arrow(base: Base, expert: Expert | None, name: str, layer: int, seed: int) -
         if weight in expert.updates:  # type: ignore[union-attr]
             updates.append((weight, expert.updates[weight]))  # type: ignore[union-attr]
     if not updates:
-        return torch.zeros(base.config["hidden_size"])
+        return torch.zeros(base.sized["hidden_size"])
     if all(update.is_low_rank for _, update in updates):
         return _of_factors([update for _, update in updates])
     difference = torch.cat([update.difference(base.weights.read(name)) for name, update in updates])

@@ -51,7 +51,7 @@ def write_checkpoint(out: Path, sections: list[list[Planned]]) -> dict[str, str]
 
 
 def copy_companions(base: Base, out: Path) -> None:
-    """Copy the base's tokenizer, generation and pooling files, byte for byte."""
+    """Copy the base's tokenizer, image processor, generation and pooling files, byte for byte."""
     for file in companions(base.source.folder):
         copy = out / file.relative_to(base.source.folder)
         copy.parent.mkdir(exist_ok=True)

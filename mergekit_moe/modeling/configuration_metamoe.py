@@ -27,6 +27,7 @@ DECODERS = {
 }
 ENCODERS = {
     "Bert": "bert",
+    "CLIP": "clip",
     "CLIPVision": "clip_vision_model",
     "ModernBert": "modernbert",
     "Roberta": "roberta",
@@ -66,6 +67,11 @@ class MetaMoeConfigMixin:
     def shares_ffn(self) -> bool:
         """Whether the seed's own FFN is there: for factored experts, an anchor, or tokens that no domain owns."""
         return len(self.dense_experts) < len(self.experts) or bool(self.router_excluded_token_ids)
+
+    @property
+    def sized(self) -> Any:
+        """The part that tells of the layers that own experts: an image tower's where there is one, else the whole."""
+        return getattr(self, "vision_config", self)
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

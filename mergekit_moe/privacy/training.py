@@ -24,6 +24,7 @@ from mergekit_moe.privacy.accounting import (
 )
 from mergekit_moe.privacy.noise import fresh_generator, noise_to_signal
 from mergekit_moe.recipe import Training
+from mergekit_moe.training import optimizer_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -92,8 +93,9 @@ def train_privately(
 
     grad_sample_module, dp_optimizer = _opacus(name)
     trained = [p for p in model.parameters() if p.requires_grad]
+    kind, arguments = optimizer_of(settings)
     optimizer = dp_optimizer(
-        torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay),
+        kind(trained, weight_decay=settings.weight_decay, **arguments),
         noise_multiplier=plan.noise_multiplier,
         max_grad_norm=plan.parameters["clip"],
         expected_batch_size=plan.sampling_probability * plan.parameters["rows_with_proxies"],

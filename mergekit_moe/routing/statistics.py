@@ -91,7 +91,7 @@ def _sums(
     with recorded_routers(model) as calls:
         for batch in batches(rows, batch_size, model.device, mine):
             model(**scored_inputs(model, batch), forced_expert=batch["expert"], use_cache=False)
-            routed = calls[0].routing.token_mask.expand(batch["input_ids"].shape)
+            routed = calls[0].routing.token_mask
             for path in [calls] if seed is None else [calls, _seeds_path(seed, batch, calls, model.config)]:
                 count += int(routed.sum())
                 for layer, call in enumerate(path):

@@ -14,9 +14,9 @@ MODELS = ["dense", "none", "prefix", "prompt"]
 """A plain model, and one MoE for each context of the router."""
 
 
-def tiny(kind: str) -> PreTrainedModel:
+def tiny(kind: str, seed: int = 0) -> PreTrainedModel:
     settings: dict[str, Any] = {"vocab_size": len(TOKENIZER), "eos_token_id": 2}
-    return tiny_dense(**settings) if kind == "dense" else tiny_moe("Llama", router_context=kind, **settings)
+    return tiny_dense(seed=seed, **settings) if kind == "dense" else tiny_moe("Llama", router_context=kind, **settings)
 
 
 def sentences(count: int, seed: int, longest: int = 9) -> list[str]:

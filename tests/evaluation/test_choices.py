@@ -1,5 +1,7 @@
 """Choices against brute force: one row at a time, in float64."""
 
+import functools
+import math
 import random
 from typing import Any
 
@@ -10,6 +12,7 @@ from task_models import MODELS, TOKENIZER, sentences, tiny
 
 from mergekit_moe.errors import DataError
 from mergekit_moe.evaluation.choices import choice_likelihoods, encode_choice, judge_choices
+from mergekit_moe.evaluation.scoring import by_vote, losses_of
 from mergekit_moe.recipe import Evaluation
 
 
@@ -34,6 +37,15 @@ def brute_force(model: Any, prompt: str, completion: str) -> float:
     return sum(float(logs[place - 1, ids[0, place]]) for place in range(len(given), ids.shape[1]))
 
 
+@torch.no_grad()
+def mean_of_tokens(models: list[Any], prompt: str, completion: str) -> float:
+    """The log of the product, over the completion's tokens, of the models' mean probability."""
+    given = TOKENIZER(prompt)["input_ids"]
+    ids = torch.tensor([given + TOKENIZER(completion, add_special_tokens=False)["input_ids"]])
+    said = sum(model(ids).logits[0].double().softmax(-1) for model in models) / len(models)
+    return sum(math.log(float(said[place - 1, ids[0, place]])) for place in range(len(given), ids.shape[1]))
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_choice_is_the_likeliest_completion_by_brute_force(kind: str) -> None:
     rows = questions()
@@ -49,6 +61,19 @@ def test_the_choice_is_the_likeliest_completion_by_brute_force(kind: str) -> Non
         plain += expected.index(max(expected)) == row["right"]
         normalised += by_character.index(max(by_character)) == row["right"]
     assert judged == {"accuracy": plain / len(rows), "accuracy_normalised": normalised / len(rows)}
+
+
+def test_several_models_choose_by_their_mean_probability_of_each_token() -> None:
+    rows, models = questions(), [tiny("dense"), tiny("dense", seed=5)]
+    losses = functools.partial(losses_of, by_vote(models), Evaluation(batch_size=4), "cpu")
+    found = judge_choices(models[0], TOKENIZER, rows, Evaluation(), losses=losses)
+    for model in models:
+        model.double()
+    right = 0
+    for row in rows:
+        said = [mean_of_tokens(models, row["prompt"], completion) for completion in row["completions"]]
+        right += said.index(max(said)) == row["right"]
+    assert found["accuracy"] == right / len(rows)
 
 
 @pytest.mark.parametrize("kind", ["dense", "prompt"])

@@ -60,6 +60,19 @@ def test_a_method_that_ran_alone_has_no_retention_and_still_a_row() -> None:
     assert row[:5] == ["**ours**", "2.000", "3.000", "2.500", "-"]
 
 
+def test_a_vote_that_writes_no_answers_has_a_row_without_accuracy() -> None:
+    given = methods()
+    for made in given.values():
+        for result in made["seeds"].values():
+            for scores in result["domains"].values():
+                scores["accuracy"] = 1 / scores["loss"]
+    given["btm"] = method("baseline", (2.5, 4.5))
+    found = assemble(given, ["law", "art"])
+    assert found["metric"] == "accuracy"
+    (row,) = comparison_rows(found, ("baseline",))[1]
+    assert row[:5] == ["baseline", "-", "-", "-", "-"]
+
+
 def test_tables_hold_means_and_spreads(tmp_path: Path) -> None:
     found = assemble(methods(), ["law", "art"])
     header, rows = comparison_rows(found, GROUPS["Methods"])

@@ -8,7 +8,16 @@ from conftest import tiny_dense, tiny_moe, tokens
 from datasets import Dataset
 
 from mergekit_moe.data import IGNORED
-from mergekit_moe.evaluation.scoring import Domain, by_model, by_posterior, by_vote, measure, routing_of, score
+from mergekit_moe.evaluation.scoring import (
+    Domain,
+    by_model,
+    by_posterior,
+    by_vote,
+    losses_of,
+    measure,
+    routing_of,
+    score,
+)
 from mergekit_moe.models import recorded_routers
 from mergekit_moe.recipe import Evaluation
 
@@ -47,6 +56,18 @@ def test_experts_vote_as_bayes_has_it(by: str) -> None:
     found = score(predict, rows(), SETTINGS, "cpu")
     assert found["loss"] == pytest.approx(total / count, abs=1e-5)
     assert found["predictions"] == count
+
+
+@pytest.mark.parametrize("by", ["vote", "posterior"])
+def test_a_vote_s_loss_of_each_row_is_its_own(by: str) -> None:
+    """Row by row, whatever shares its batch; their sum is that of `score`."""
+    models = [tiny_dense(seed=seed).eval() for seed in (1, 2)]
+    predict = (by_vote if by == "vote" else by_posterior)(models)
+    together = losses_of(predict, SETTINGS, "cpu", rows())
+    alone = [losses_of(predict, SETTINGS, "cpu", rows().select([i]))[0] for i in range(len(rows()))]
+    assert together == pytest.approx(alone, abs=1e-4)
+    found = score(predict, rows(), SETTINGS, "cpu")
+    assert sum(together) == pytest.approx(found["loss"] * found["predictions"], rel=1e-6)
 
 
 def test_a_vote_of_one_is_that_one() -> None:

@@ -16,15 +16,17 @@ from mergekit_moe.data import fingerprint, load_rows, tokenize
 from mergekit_moe.errors import DataError
 from mergekit_moe.evaluation.choices import judge_choices
 from mergekit_moe.evaluation.generation import judge_generation
+from mergekit_moe.job import Job
 from mergekit_moe.models import load_expert, load_model, load_tokenizer
-from mergekit_moe.recipe import Evaluation, HeldOut
+from mergekit_moe.recipe import ClientRows, Evaluation, Recipe
+from mergekit_moe.workspace import Workspace
 
 GIVEN = {"dataset": "d.jsonl", "prompt": "{q}", "completion": " {choice}"}
 LISTED = {"choices": "options", "answer": "label"}
 
 
-def held_out(**settings: Any) -> HeldOut:
-    return HeldOut(**{**GIVEN, "task": LISTED, **settings})
+def held_out(**settings: Any) -> ClientRows:
+    return ClientRows(**{**GIVEN, "task": LISTED, **settings})
 
 
 def read(tmp_path: Path, row: dict[str, Any], **settings: Any) -> dict[str, Any]:
@@ -32,7 +34,9 @@ def read(tmp_path: Path, row: dict[str, Any], **settings: Any) -> dict[str, Any]
     return load_rows([held_out(**settings)], tmp_path, "x")[0]
 
 
-@pytest.mark.parametrize(("answer", "right"), [("red", 0), ("blue", 2), (1, 1), ("2", 2), ("A", 0), ("C", 2)], ids=repr)
+@pytest.mark.parametrize(
+    ("answer", "right"), [("red", 0), ("blue", 2), ("green ", 1), (1, 1), ("2", 2), ("A", 0), ("C", 2)], ids=repr
+)
 def test_the_right_choice_is_told_by_text_number_or_letter(tmp_path: Path, answer: Any, right: int) -> None:
     row = read(tmp_path, {"options": ["red", "green", "blue"], "label": answer})
     assert row["completions"] == [" red", " green", " blue"]
@@ -45,6 +49,17 @@ def test_texts_and_labels_in_one_column_need_no_rewriting(tmp_path: Path) -> Non
     options = {"label": ["1", "2", "3"], "text": ["red", "green", "blue"]}
     assert read(tmp_path, {"options": options, "label": "1"})["right"] == 0
     assert read(tmp_path, {"options": options, "label": 3})["right"] == 2
+
+
+def test_choices_that_are_counted_from_one(tmp_path: Path) -> None:
+    """SocialIQA's labels are "1", "2" and "3": counted from 0, the first two would be wrong and nobody would know."""
+    task = {"choices": ["A", "B", "C"], "answer": "label", "first": 1}
+    for label in ("1", "3\n", 2):
+        read_row = read(tmp_path, {"label": label}, task=task)
+        assert read_row["right"] == int(label) - 1
+        assert read_row["completion"] == " " + "ABC"[int(label) - 1]
+    with pytest.raises(DataError, match=r"holds '0', which is none of the 3 choices; give .* its number from 1"):
+        read(tmp_path, {"label": "0"}, task=task)
 
 
 def test_choices_may_be_templates(tmp_path: Path) -> None:
@@ -101,6 +116,26 @@ def test_a_task_that_can_t_be_is_refused(settings: dict[str, Any], said: str) ->
         held_out(**settings)
 
 
+@pytest.mark.parametrize("apart", [True, False], ids=["own test rows", "a tenth held out"])
+def test_a_client_learns_the_right_choice_and_is_asked_all(tmp_path: Path, apart: bool) -> None:
+    """Its rows have the pool's columns, so that proxies can be learnt with them."""
+    rows = [{"q": f"why {i}?", "options": ["red", "green"], "label": "AB"[i % 2]} for i in range(40)]
+    write_jsonl(tmp_path / "d.jsonl", rows)
+    asked = GIVEN | {"task": LISTED}
+    client = {"private": asked} | ({"test": asked} if apart else {})
+    recipe = Recipe(
+        base_model="b", experts=[{"name": "law", "client": client}], public_pool=GIVEN | {"completion": "x"}
+    )
+    source = recipe.experts[0]
+    job = Job(recipe.model_copy(update={"data_dir": str(tmp_path)}), "r", Workspace(tmp_path / "ws"))
+    private, held_out = job.rows(source)
+    assert private is not None and held_out is not None
+    assert private.column_names == job.pool.column_names
+    assert set(private["completion"]) == {" red", " green"}
+    assert held_out["completions"][:] == [[" red", " green"]] * len(held_out)
+    assert source.task == ClientRows(**asked).task
+
+
 def test_a_task_leaves_no_trace_in_the_loss(tmp_path: Path) -> None:
     """Its columns go when rows become tokens; how answers are judged changes no fingerprint."""
     from task_models import TOKENIZER
@@ -136,14 +171,14 @@ def test_evaluate_reports_accuracy_beside_the_loss(
     assert "held-out accuracy" in printed
     results = json.loads((tmp_path / "ws/evaluation/results.json").read_text())
     tokenizer = load_tokenizer(base_folder)
-    asked = [load_rows([HeldOut(**test)], tmp_path, "x").select(range(9)) for test in tests]
+    asked = [load_rows([ClientRows(**test)], tmp_path, "x").select(range(9)) for test in tests]
     models = {"seed": load_model(base_folder), "unified": load_model(tmp_path / "ws/merged")}
     models |= {name: load_expert(base_folder, tmp_path / name) for name in ("law", "code")}
     for name, model in models.items():
         found = results["methods"][name]
         chosen = judge_choices(model, tokenizer, asked[0], Evaluation())
         assert {key: found["law"][key] for key in chosen} == chosen
-        task = HeldOut(**tests[1]).task
+        task = ClientRows(**tests[1]).task
         written = judge_generation(model, tokenizer, asked[1], task, Evaluation())
         assert found["code"]["accuracy"] == written["accuracy"]
     assert 0 < results["methods"]["unified"]["law"]["accuracy"] < 1

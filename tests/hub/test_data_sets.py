@@ -1,10 +1,12 @@
 """Public pools from the Hub: one commit for the whole process, its files compared with the Hub's digests."""
 
+import hashlib
 import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hub_tools import environment, hub_with_users, run_script, the_error
 from loopback_hub import Fault, Hub, serve
@@ -100,6 +102,32 @@ def test_offline_the_cached_commit_is_read_and_no_other(hub: Hub, tmp_path: Path
     note, *texts = done.stdout.splitlines()
     assert note.startswith(f"note: public_pool: org/mix is taken from the cache at {first.sha[:7]}, since HF_HUB_OFF")
     assert texts == [f"train {number}" for number in range(4)], done.stderr
+
+
+def as_parquet(records: list[dict[str, object]]) -> bytes:
+    return pd.DataFrame(records).to_parquet()
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_what_is_only_a_loading_script_is_read_from_the_hubs_parquet_branch(
+    hub: Hub, tmp_path: Path, split: str
+) -> None:
+    """As allenai/social_i_qa is. The branch has a folder a configuration, and in it a folder a split."""
+    repository = hub.add("allenai/qa", {"qa.py": b"raise SystemExit('never run')\n", "README.md": b""}, kind="dataset")
+    splits = {
+        f"default/{name}/0000.parquet": as_parquet([{"text": f"{name} {i}"} for i in range(3)])
+        for name in ("train", "validation")
+    }
+    made = repository.branch("refs/convert/parquet", {".gitattributes": b"", **splits})
+    hub.large.update({hashlib.sha256(content).hexdigest(): content for content in splits.values()})
+    done = read(hub, tmp_path, "allenai/qa", split, "refs/convert/parquet")
+    assert done.stdout.splitlines() == [f"{split} {number}" for number in range(3)], done.stderr
+    offline = read(hub, tmp_path, "allenai/qa", split, "refs/convert/parquet", HF_HUB_OFFLINE="1")
+    assert offline.stdout.startswith(f"note: public_pool: allenai/qa is taken from the cache at {made.sha[:7]}")
+    assert offline.stdout.splitlines()[1:] == done.stdout.splitlines()
+    refused = the_error(read(hub, tmp_path, "allenai/qa", split))
+    assert refused.startswith("public_pool: allenai/qa is a loading script, qa.py, which is never run")
+    assert refused.endswith("give `revision: refs/convert/parquet`")
 
 
 def test_a_missing_data_set_and_revision_are_told_apart(hub: Hub, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote
 
@@ -171,11 +172,18 @@ def _entry(path: str, content: bytes) -> dict[str, Any]:
 
 
 def _tree(hub: Hub, request: Request, kinds: str, name: str, revision: str, below: str = "") -> Answer:
+    """List files and folders below a folder: all of them if asked to, else its own."""
     commit = _commit_at(_repository(hub, request, kinds, name), revision)
-    inside = {path: text for path, text in commit.files.items() if not below or path.startswith(f"{below}/")}
+    start = f"{below}/" if below else ""
+    inside = {path: text for path, text in commit.files.items() if path.startswith(start)}
     if below and not inside:
         raise _RefusedError(404, f"{below} does not exist", "EntryNotFound")
-    return _json([_entry(path, content) for path, content in sorted(inside.items())])
+    folders = {str(folder) for path in inside for folder in PurePosixPath(path).parents if str(folder) != "."}
+    entries = {path: _entry(path, content) for path, content in inside.items()}
+    entries |= {path: {"type": "directory", "path": path, "oid": git_sha1(path.encode())} for path in folders}
+    everything = request.query.get("recursive", [""])[0].lower() == "true"
+    wanted = [path for path in sorted(entries) if path.startswith(start)]
+    return _json([entries[path] for path in wanted if everything or "/" not in path.removeprefix(start)])
 
 
 def _paths_info(hub: Hub, request: Request, kinds: str, name: str, revision: str) -> Answer:

@@ -31,6 +31,8 @@ class Repository:
     gated: bool = False
     downloads: int = 0
     commits: list[Commit] = field(default_factory=list)
+    refs: dict[str, Commit] = field(default_factory=dict)
+    """Branches beside main, such as the Hub's own `refs/convert/parquet`."""
 
     @property
     def head(self) -> Commit:
@@ -40,7 +42,9 @@ class Repository:
         """Return the commit that a revision stands for; None if there is none."""
         if revision in ("main", "refs/heads/main"):
             return self.head
-        return next((commit for commit in self.commits if commit.sha == revision), None)
+        if revision in self.refs:
+            return self.refs[revision]
+        return next((commit for commit in [*self.commits, *self.refs.values()] if commit.sha == revision), None)
 
     def commit(self, files: dict[str, bytes], title: str, sha: str | None = None) -> Commit:
         """Append a commit that holds exactly these files."""
@@ -49,6 +53,13 @@ class Repository:
         made = Commit(sha or hashlib.sha1(history.encode()).hexdigest(), title, dict(files))
         self.commits.append(made)
         return made
+
+    def branch(self, ref: str, files: dict[str, bytes]) -> Commit:
+        """Make a branch of one commit that holds exactly these files."""
+        main, self.commits = self.commits, []
+        self.refs[ref] = self.commit(files, ref)
+        self.commits = main
+        return self.refs[ref]
 
     @property
     def metadata(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import DECODERS, FFN, PROJECTIONS, tiny_dense, tiny_moe, tokens
 from safetensors.torch import load_file
+from test_encoders import inputs, last_state
 from test_modeling import blocks_of, logits
 from transformers import PreTrainedModel
 
@@ -19,10 +20,8 @@ def forward(model: PreTrainedModel, family: str, **kwargs: object) -> torch.Tens
     """Return logits, or an encoder's last hidden state, of a batch of two."""
     if family in DECODERS:
         return logits(model, tokens(), **kwargs)
-    images = family in ("ViT", "CLIPVision")
-    inputs = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) if images else tokens()
     with torch.no_grad():
-        return model(inputs, **kwargs).last_hidden_state
+        return last_state(model(**inputs(family), **kwargs))
 
 
 def check_pinned(family: str, folder: Path, ranks: tuple[int | None, ...], dense: list[int]) -> dict[str, torch.Tensor]:

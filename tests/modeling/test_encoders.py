@@ -1,6 +1,7 @@
 """Encoders: the same exact experts, and a router that sees its own row whole and no other."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,18 +9,22 @@ import transformers
 from conftest import ENCODERS, FFN, PAD, PROJECTIONS, tiny_dense, tiny_moe, tokens
 from test_modeling import blocks_of, without_experts
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from mergekit_moe.modeling import HEADS, model_class
 from mergekit_moe.models import recorded_routers, routers_of
 
-VISION = ("CLIPVision", "ViT")
+VISION = ("CLIP", "CLIPVision", "ViT")
 TEXT = tuple(name for name in ENCODERS if name not in VISION)
 
 
 def inputs(encoder: str, batch: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+    given = {}
     if encoder in VISION:
-        return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed))}
-    return {"input_ids": tokens(batch, seed=seed)}
+        given["pixel_values"] = torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    if encoder not in VISION or encoder == "CLIP":
+        given["input_ids"] = tokens(batch, seed=seed)
+    return given
 
 
 def double(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -29,7 +34,12 @@ def double(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def states(model: PreTrainedModel, **kwargs: torch.Tensor) -> torch.Tensor:
     """Return the last hidden state in float64, where states as large as these leave no room for rounding."""
     with torch.no_grad():
-        return copy.deepcopy(model).double()(**double(kwargs)).last_hidden_state
+        return last_state(copy.deepcopy(model).double()(**double(kwargs)))
+
+
+def last_state(outputs: ModelOutput) -> torch.Tensor:
+    """Return the last hidden state, of two towers the image tower's."""
+    return outputs.get("vision_model_output", outputs).last_hidden_state
 
 
 def fold(moe: PreTrainedModel, encoder: str, expert: int) -> PreTrainedModel:
@@ -40,8 +50,8 @@ def fold(moe: PreTrainedModel, encoder: str, expert: int) -> PreTrainedModel:
             down, up = module.experts[projection.replace(".", "_")].factors(expert)
             key = f"{block}.{projection}.weight"
             delta = moe.config.experts[expert]["scale"] * up.double().T @ down.double()
-            state[key] = (state[key].double() + delta).float()
-    dense = tiny_dense(encoder)
+            state[key] = state[key].double() + delta
+    dense = tiny_dense(encoder).double()
     dense.load_state_dict(state)
     return dense
 
@@ -78,6 +88,28 @@ def test_a_row_is_the_same_alone_and_in_any_batch(encoder: str) -> None:
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("encoder", VISION)
+def test_an_image_s_context_is_its_own_patches_and_not_the_batch_s(encoder: str) -> None:
+    """The code published with the paper takes the mean over the whole batch: there, neighbours change an image."""
+    moe, pictures = tiny_moe(encoder), inputs(encoder, 4)
+    own = {**pictures, "pixel_values": pictures["pixel_values"][:1]}
+    alone, together = (recorded_logits(moe, given)[:, :1] for given in (own, pictures))
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    with recorded_routers(moe) as calls, torch.no_grad():
+        moe(**pictures)
+        call, router = calls[0], routers_of(moe)[0]
+        scores = call.hidden @ router.weight.T + router.bias
+        published = torch.lerp(scores, scores.mean((0, 1), keepdim=True), router.context_logit.sigmoid())
+    assert (published[:1] - alone[0]).abs().max() > 1e-2
+
+
+def recorded_logits(moe: PreTrainedModel, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the routers' logits, (layers, B, T, K)."""
+    with recorded_routers(moe) as calls, torch.no_grad():
+        moe(**given)
+        return torch.stack([call.logits for call in calls])
+
+
 @pytest.mark.parametrize("encoder", TEXT)
 def test_padding_changes_nothing(encoder: str) -> None:
     moe, ids = tiny_moe(encoder), tokens()
@@ -105,7 +137,7 @@ def test_the_task_loss_reaches_routers_with_and_without_checkpointing(encoder: s
     checkpointed.activation_checkpointing_enable()
     for model in (plain, checkpointed):
         torch.manual_seed(0)  # dropout
-        model(**double(inputs(encoder))).last_hidden_state.square().mul(torch.arange(32)).sum().backward()
+        last_state(model(**double(inputs(encoder)))).square().mul(torch.arange(32)).sum().backward()
     for router in routers_of(plain):
         for name, parameter in router.named_parameters():
             assert parameter.grad.abs().max() > 1e-7, name
@@ -114,8 +146,8 @@ def test_the_task_loss_reaches_routers_with_and_without_checkpointing(encoder: s
             torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("head", [name for name in HEADS if name != "ForCausalLM"])
-def test_every_native_head_stands_on_our_encoder(encoder: str, head: str, tmp_path: object) -> None:
+@pytest.mark.parametrize("head", [name for name in HEADS if name not in ("Model", "ForCausalLM")])
+def test_every_native_head_stands_on_our_encoder(encoder: str, head: str, tmp_path: Path) -> None:
     if not hasattr(transformers, f"{encoder}{head}"):
         with pytest.raises(ValueError, match=f"no {encoder}{head}"):
             model_class(encoder, head)
@@ -123,14 +155,19 @@ def test_every_native_head_stands_on_our_encoder(encoder: str, head: str, tmp_pa
     body = tiny_moe(encoder)
     torch.manual_seed(0)
     model = model_class(encoder, head)(body.config).eval()
-    model.base_model.load_state_dict(body.state_dict(), strict=False)
+    report = model.base_model.load_state_dict(body.state_dict(), strict=False)
+    assert not any(".experts." in name or ".router." in name for name in (*report[0], *report[1]))
     model.save_pretrained(tmp_path)
+    assert model.config.auto_map[HEADS[head]] == f"modeling_metamoe.{type(model).__name__}"
+    assert (tmp_path / "modeling_metamoe.py").is_file()
     loaded, report = getattr(transformers, HEADS[head]).from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert type(loaded) is type(model)
     with torch.no_grad():
-        given = loaded.eval()(**inputs(encoder)).logits
-        assert torch.equal(given, model(**inputs(encoder)).logits)
-        pinned = [model(**inputs(encoder), forced_expert=torch.tensor([e, e])).logits for e in (0, 1)]
+        read = inputs(encoder)
+        if head == "ForImageClassification":
+            read.pop("input_ids", None)
+        assert torch.equal(loaded.eval()(**read).logits, model(**read).logits)
+        pinned = [model(**read, forced_expert=torch.tensor([e, e])).logits for e in (0, 1)]
     assert (pinned[0] - pinned[1]).abs().max() > 1e-5
