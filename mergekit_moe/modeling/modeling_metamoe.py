@@ -9,7 +9,7 @@ Shapes: B batch, T tokens of this call, H hidden, K experts.
 
 import inspect
 import re
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import transformers
@@ -171,7 +171,7 @@ class MetaMoeDecoderMixin(MetaMoeModelMixin):
         token_mask: Tensor | None = None,
         forced_expert: Tensor | None = None,
         prompt_mask: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[transformers.utils.TransformersKwargs],
     ) -> Any:
         """Run the decoder.
 
@@ -281,7 +281,7 @@ class MetaMoeForCausalLMMixin(MetaMoeHeadMixin):
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
         prompt_mask: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[transformers.utils.TransformersKwargs],
     ) -> tuple | MoeCausalLMOutputWithPast:
         """Run the model; with `output_router_logits`, return them and add the routers' losses to the loss.
 
