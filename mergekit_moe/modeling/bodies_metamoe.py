@@ -5,11 +5,12 @@ Shipped inside every checkpoint, so it imports nothing but torch and transformer
 Shapes: B batch, T tokens of this call, H hidden, K experts.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization
+from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .dense_metamoe import DenseExperts
@@ -167,7 +168,7 @@ class MetaMoeDecoderMixin(MetaMoeModelMixin):
         token_mask: Tensor | None = None,
         forced_expert: Tensor | None = None,
         prompt_mask: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
         """Run the decoder.
 

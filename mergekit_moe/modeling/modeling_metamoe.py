@@ -9,13 +9,14 @@ Shapes: B batch, T tokens of this call, H hidden, K experts.
 
 import inspect
 import re
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder
 
 from .bodies_metamoe import (
@@ -99,7 +100,7 @@ class MetaMoeForCausalLMMixin(MetaMoeHeadMixin):
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
         prompt_mask: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MoeCausalLMOutputWithPast:
         """Run the model; with `output_router_logits`, return them and add the routers' losses to the loss.
 

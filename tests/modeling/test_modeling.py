@@ -1,6 +1,7 @@
 """The model class, over every family: exact experts, causal context, caches, gradients."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -162,6 +163,14 @@ def test_the_last_logits_alone_are_the_last_of_all(family: str) -> None:
     moe, ids = tiny_moe(family), tokens()
     assert moe._supports_logits_to_keep()
     torch.testing.assert_close(logits(moe, ids, logits_to_keep=2), logits(moe, ids)[:, -2:], atol=1e-6, rtol=0)
+
+
+def test_forward_names_the_native_keyword_arguments(family: str) -> None:
+    """Callers ask the signature whether a model can return its attentions."""
+    moe, dense = tiny_moe(family), tiny_dense(family)
+    for ours, native in ((moe, dense), (moe.base_model, dense.base_model)):
+        given, wanted = (inspect.signature(model.forward).parameters["kwargs"] for model in (ours, native))
+        assert given.annotation == wanted.annotation
 
 
 def test_chunks_with_a_cache_equal_one_pass(family: str) -> None:
