@@ -86,9 +86,10 @@ class Router(Spec):
     (`hidden`) or of token embeddings (`cheap-embed`), as mergekit-moe has them. `linear` is random, for training to
     replace (BTX). Without any proxy: all experts alike (`uniform`, for `top_k` of all), at `random`, or by the
     direction of the input that each expert's weights answer most (`arrow`)."""
-    shrinkage: float = Field(0.95, ge=0, le=1)
-    """Share of a scaled identity in the covariance that `lda` and `ridge` divide by; at 1, `lda` is the nearest centred
-    mean. Proxies aren't the clients' text, and what sets them apart in fine directions is seldom what sets it apart."""
+    shrinkage: float = Field(1.0, ge=0, le=1)
+    """How far `lda` and `ridge` take the covariance that they divide by towards its diagonal. At 1 every dimension
+    stands for itself: proxies aren't the clients' own text, and what tells them apart in combinations of dimensions
+    seldom tells that apart."""
     training: RouterTraining | None = RouterTraining()
     """null keeps the closed form."""
     max_length: int = Field(512, ge=16)

@@ -70,7 +70,7 @@ def gather_for(model: Any, proxies: "Dataset", settings: Router, base: Path | No
 def lda(statistics: RoutingStatistics, shrinkage: float) -> tuple[Tensor, Tensor]:
     """Shrunk linear discriminant analysis; experts weigh alike.
 
-    With S0 the mean of the experts' own covariances, S is (1 - s) S + s tr(S)/H I; row p is S^-1 (mu_p - mu), its bias
+    With S0 the mean of the experts' own covariances, S is (1 - s) S0 + s diag(S0); row p is S^-1 (mu_p - mu), its bias
     -(mu_p - mu)' S^-1 (mu_p + mu) / 2 with mu the mean of the experts' means.
     """
     means, within = _means_and_within(statistics)
@@ -83,7 +83,7 @@ def ridge(statistics: RoutingStatistics, shrinkage: float) -> tuple[Tensor, Tens
     """Ridge regression of one-hot experts on the feature, from X'X and X'Y alone, experts weighing alike.
 
     X'X / n is the mean of the experts' covariances, as in `lda`, plus the covariance of their means; X'Y / n is
-    (mu_p - mu) / K. Both are centred, and the intercept is the bias. The penalty is lda's: (1 - s) X'X + s tr/H I.
+    (mu_p - mu) / K. Both are centred, and the intercept is the bias. It is shrunk as lda's: (1 - s) X'X + s diag(X'X).
     """
     means, within = _means_and_within(statistics)
     experts, centre = means.shape[1], means.mean(dim=1, keepdim=True)
@@ -101,9 +101,9 @@ def _means_and_within(statistics: RoutingStatistics) -> tuple[Tensor, Tensor]:
 
 
 def _shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
-    size = covariance.shape[-1]
-    average = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return (1.0 - shrinkage) * covariance + (shrinkage * average + 1e-12)[:, None, None] * torch.eye(size).double()
+    """Return (1 - s) S + s diag(S): towards each dimension's own variance, of which a few are far larger."""
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    return (1.0 - shrinkage) * covariance + torch.diag_embed(shrinkage * variance + 1e-12)
 
 
 def _solved(covariance: Tensor, right: Tensor) -> Tensor:

@@ -42,6 +42,17 @@ def test_lda_decides_as_scikit_learn_does() -> None:
     torch.testing.assert_close(logits.softmax(-1), expected.softmax(-1), atol=1e-3, rtol=0)
 
 
+def test_shrunk_all_the_way_each_dimension_stands_for_itself() -> None:
+    """Against naive Bayes with the experts' mean variances, by its densities."""
+    features, owner = samples(int(np.random.default_rng().integers(2**31)))
+    weights, biases = start.lda(statistics(features, owner), shrinkage=1.0)
+    logits = features @ weights[0].double().T + biases[0].double()
+    apart = [features[owner == k] for k in range(K)]
+    variance = torch.stack([own.var(0, correction=0) for own in apart]).mean(0)
+    densities = torch.stack([-0.5 * ((features - own.mean(0)).square() / variance).sum(1) for own in apart], dim=1)
+    torch.testing.assert_close(logits.softmax(-1), densities.softmax(-1), atol=1e-3, rtol=0)
+
+
 def test_a_covariance_without_inverse_is_refused() -> None:
     features, owner = samples(3)
     features[:, 1] = features[:, 0]

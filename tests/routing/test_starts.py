@@ -32,11 +32,11 @@ def test_ridge_is_the_regression_of_one_hot_experts(shrinkage: float) -> None:
     weights, biases = start.ridge(statistics(features, owner), shrinkage)
     alike = 1.0 / (K * torch.bincount(owner).double())[owner]
     centre = alike @ features
-    average = float(alike @ (features - centre).square().mean(1))
-    # (1 - s) X'X + s t I = (1 - s) (X'X + t s / (1 - s) I): sklearn's penalty, and a factor on the rows.
-    penalty = average * shrinkage / (1 - shrinkage)
-    reference = Ridge(alpha=penalty).fit(features, F.one_hot(owner).double(), sample_weight=alike)
-    expected = torch.from_numpy(reference.coef_) / (1 - shrinkage)
+    deviation = (alike @ (features - centre).square()).sqrt()
+    # (1 - s) X'X + s D = (1 - s) (X'X + s / (1 - s) D): sklearn's penalty on standardised features, times a factor.
+    reference = Ridge(alpha=shrinkage / (1 - shrinkage))
+    reference.fit((features - centre) / deviation, F.one_hot(owner).double(), sample_weight=alike)
+    expected = torch.from_numpy(reference.coef_) / deviation / (1 - shrinkage)
     torch.testing.assert_close(weights[0].double(), expected, atol=1e-5, rtol=1e-5)
     intercept = 1 / K - expected @ centre
     torch.testing.assert_close(biases[0].double(), intercept, atol=1e-4, rtol=1e-4)
