@@ -73,7 +73,7 @@ def fetch(
 
 
 def run_script(
-    hub: Hub, script: str, variables: dict[str, str], *arguments: object, hurry: bool = True
+    hub: Hub, script: str, variables: dict[str, str], *arguments: object, hurry: bool = True, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run Python in a process of its own; no token may be seen in what it prints, and it never asks."""
     done = subprocess.run(
@@ -82,7 +82,7 @@ def run_script(
         text=True,
         stdin=subprocess.DEVNULL,
         env=variables,
-        timeout=300,
+        timeout=timeout,
     )
     for secret in hub.users:
         assert secret not in done.stdout + done.stderr

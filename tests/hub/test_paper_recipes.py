@@ -96,7 +96,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     given = json.dumps([[str(word) for word in command] for command in commands])
     hub = paper_hub(tmp_path_factory.mktemp("hub"))
     with serve(hub):
-        done = run_script(hub, _COMMANDS, environment(hub, folder / "home", COLUMNS="160"), given)
+        done = run_script(hub, _COMMANDS, environment(hub, folder / "home", COLUMNS="160"), given, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     return folder, done.stdout
 
