@@ -116,10 +116,10 @@ def _require_readable(job: Job) -> None:
         raise DataError(f"base_model is a {kind}, which reads text, and rows are images; name a CLIP model")
     if architecture.images and not images and (recipe.pool_sources or recipe.matches_labels):
         raise DataError(f"base_model is a {kind}, which reads images, and rows are text; give 'image', not 'text'")
-    if architecture.images and architecture.tower is None and recipe.pool_sources:
+    if job.classifies and recipe.selection.relevance == "prompts":
         raise DataError(
-            f"base_model is a {kind}, which has no tower for the names of labels; name a CLIP model, or merge "
-            "published experts of it without a public_pool"
+            f"selection.relevance prompts is of sentences, and base_model is a {kind}, which reads none; "
+            "use classifier or centroid"
         )
 
 
