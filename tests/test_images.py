@@ -220,6 +220,20 @@ def test_methods_are_compared_on_images(
         assert found["ours"][place]["accuracy"] >= seed["accuracy"]
 
 
+def test_what_is_for_texts_alone_says_so(
+    finished: tuple[Path, Path], tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    folder, workspace = finished
+    code, _, error = command("audit", folder / "tiny.yaml", "--workspace", workspace)
+    assert (code, "here rows are images" in " ".join(error.split())) == (2, True)
+    proxies = write_jsonl(tmp_path / "proxies.jsonl", [{"text": "a day", "expert": "day"}])
+    expert = workspace / "experts" / "day"
+    new = ("--name", "dusk", "--out", tmp_path / "out", "--proxies", proxies)
+    code, _, error = command("add-expert", workspace / "model", expert, *new)
+    assert (code, "reads images, and --proxies are rows of text" in " ".join(error.split())) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["night", "day", "fog"])
 def test_images_are_read_from_features_bytes_and_folders(kind: str, finished: tuple[Path, Path]) -> None:
     """All keep the file's own bytes, and nothing of where they lay; a class is shown by its name."""
