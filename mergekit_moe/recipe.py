@@ -4,11 +4,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from mergekit_moe.image_recipe import check_content, check_images
+from mergekit_moe.image_recipe import check_images
 from mergekit_moe.label_recipe import Matching, check_labels
 from mergekit_moe.privacy_recipe import Privacy, forbid_unaccounted
 from mergekit_moe.router_recipe import BY_PUBLISHED, NO_PROXIES, Router, Training
-from mergekit_moe.spec import Spec, check_template
+from mergekit_moe.source_recipe import DataSource
+from mergekit_moe.spec import Spec
 from mergekit_moe.task_recipe import Choices, Task
 
 RESERVED_NAMES = ("seed", "soup", "unified")
@@ -17,57 +18,7 @@ EXPERT_NAME = r"^[a-z0-9][a-z0-9_-]*$"
 ANCHOR = "anchor"
 """Name of the expert that is the seed's own FFN."""
 
-InstalledText = Literal["library-source", "manual", "unicode-names", "licences"]
 ExportFormat = Literal["mixtral", "qwen3_moe", "qwen2_moe", "flex_olmo"]
-
-
-class DataSource(Spec):
-    """Rows of text, and the templates that turn a row into a training example; or rows of images."""
-
-    dataset: str | None = None
-    """A .jsonl, .json, .csv, .parquet or .txt file (.gz too), a folder, or a Hub data set's id."""
-    installed: InstalledText | None = None
-    """Text that every Python installation carries, in place of `dataset`."""
-    revision: str | None = None
-    """Commit, tag or branch of a Hub data set; pinned to the commit when it is read."""
-    split: str = "train"
-    where: dict[str, str | int | list[str | int]] = {}
-    """Keep the rows whose column has this value, or one of these values."""
-    text: str | None = None
-    """Template for plain text, such as `{text}`; every token of it is learnt."""
-    prompt: str | None = None
-    """Template for what is given; its tokens are masked in every loss."""
-    completion: str | None = None
-    """Template for what is learnt; required with `prompt`."""
-    label: str | None = None
-    """Template for what the text or image is one of, such as `{intent}` or `a photo of a {breed}`; underscores are
-    shown as spaces, a class by its name. With `text` or `image` only, and for an encoder: it learns to put a text or
-    image nearest to the name of its label."""
-    image: str | None = None
-    """Column that holds an image, in place of a text: a PNG or JPEG file's bytes, or as `datasets` keeps images."""
-    chunk: int | None = Field(None, ge=50)
-    """Characters. Longer texts are split at line ends into rows of at most this size (plain text only)."""
-    id: str = "id"
-    """Column that names a row; the row's number where there is no such column."""
-    tag: str | None = None
-    """Column with a row's true domain, where one is known: only ever used to judge the selector."""
-    limit: int | None = Field(None, ge=1)
-    """Keep the first so many rows (after `where`)."""
-    license: str | None = None
-    """Licence of the rows, for the cards of what is made from public ones."""
-    streaming: bool = False
-    """Read a Hub data set row by row until `limit`, rather than download all of it."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.dataset is None) == (self.installed is None):
-            raise ValueError("give either 'dataset' or 'installed'")
-        check_content(self)
-        if self.streaming and self.limit is None:
-            raise ValueError("'streaming' needs a 'limit', the number of rows to read")
-        for template in (self.text, self.prompt, self.completion, self.label):
-            check_template(template or "")
-        return self
 
 
 class HeldOut(DataSource):
