@@ -145,5 +145,5 @@ def _row(corpus: str, group: str, row_id: str, name: str, image: "Image.Image") 
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=0)  # then no version of zlib has a say in a row's bytes
     bucket = int(hashlib.sha256(row_id.encode()).hexdigest(), 16) % 10
-    shown = {"id": row_id, "image": file.getvalue(), "name": name}
+    shown: Row = {"id": row_id, "image": file.getvalue(), "name": name}
     return shown | {"corpus": corpus, "group": group, "bucket": bucket}
