@@ -39,7 +39,7 @@ def align_expert(
         name: the expert's name, for errors.
         privacy: with an `expert`, training is differentially private in each row.
         private_rows: how many of the rows are private; read for `privacy` alone.
-        names: a text encoder's labels. Proxies have none: so that the expert learns the text it is routed by, it learns
+        names: an encoder's labels. Proxies have none: so that the expert learns the rows it is routed by, it learns
             to say of them what the seed says (ours: the paper's public images have labels of their own).
         temperature: of the encoder's logits.
 
@@ -50,10 +50,10 @@ def align_expert(
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
-    from mergekit_moe.models import adapter_silent_on, add_teacher, as_used, load_labels, load_network, load_tokenizer
+    from mergekit_moe.models import adapter_silent_on, add_teacher, as_used, load_labels, load_network, load_reader
 
-    tokenizer = load_tokenizer(base)
-    tokens = tokenize(rows, tokenizer, settings.max_length, names or [])
+    reader = load_reader(base)
+    tokens = tokenize(rows, reader, settings.max_length, names or [])
     if len(tokens) == 0:
         raise DataError(
             f"expert '{name}': no row has a token to learn within alignment.max_length {settings.max_length}"
@@ -76,7 +76,7 @@ def align_expert(
     model = as_used(adapted, base, labels)
     counts = {"rows": len(rows), "private_rows": private_rows}
     plan = _plan(model, settings, privacy, counts, name) if privacy is not None and privacy.expert is not None else None
-    with adapter_silent_on(model, domain_free_tokens(tokenizer, settings)):
+    with adapter_silent_on(model, domain_free_tokens(reader, settings)):
         if plan is None:
             log = train(model, tokens, settings, seed=seed, folder=out)
         else:
@@ -110,6 +110,6 @@ def _plan(model: Any, settings: Alignment, privacy: Privacy, counts: dict[str, i
     return plan_training(model, settings, **counts, epsilon=epsilon, delta=privacy.delta, clip=clip, name=name)
 
 
-def domain_free_tokens(tokenizer: Any, settings: Alignment) -> list[int]:
+def domain_free_tokens(reader: Any, settings: Alignment) -> list[int]:
     """Return the ids of the tokens on which the adapter stays silent."""
-    return leading_tokens(tokenizer) if settings.domain_free_bos else []
+    return leading_tokens(reader) if settings.domain_free_bos else []

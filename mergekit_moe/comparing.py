@@ -79,7 +79,7 @@ def _numbers(seeds: Sequence[str]) -> list[int]:
 def _jobs_of_seeds(job: Job, seeds: list[int]) -> Iterator[Job]:
     """Yield a job a random seed; all start from one seed model, and what doesn't depend on chance is made once."""
     changes: dict[str, Any] = {}
-    if isinstance(job.recipe.base_model, Seed):
+    if isinstance(job.recipe.base_model, TrainedSeed):
         pipeline.run(job, "select")
         pipeline.run(job, "seed")
         changes = {"base_model": str(job.base.folder.resolve())}
@@ -141,12 +141,12 @@ def _picked(experts: Job, selecting: Job, source: ExpertSource) -> list[int]:
 def _measure(experts: Job, judged: Job, name: str, method: Method, picked: dict[str, list[int]], out: Path) -> None:
     """Write what a method makes of each domain to the folder `out`."""
     from mergekit_moe.evaluation.scoring import Predict, by_model, measure, tokenized
-    from mergekit_moe.models import load_labels, load_model, load_tokenizer
+    from mergekit_moe.models import load_labels, load_model, load_reader
 
-    settings, tokenizer = judged.recipe.evaluation, load_tokenizer(judged.base.folder)
-    domains = tokenized(_domains(judged), tokenizer, settings, judged.label_names)
+    settings, reader = judged.recipe.evaluation, load_reader(judged.base.folder)
+    domains = tokenized(_domains(judged), reader, settings, judged.label_names)
     labels = load_labels(judged.base.folder, judged.label_names, judged.recipe.matching.temperature)
-    strangers = tokenized(_strangers(judged), tokenizer, settings)
+    strangers = tokenized(_strangers(judged), reader, settings)
     if method.changes is None:
         predict, models = _unmerged(experts, name, labels)
         result = measure(predict, models, domains, strangers, settings)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from mergekit_moe import __version__, hub, installed_images, installed_text
 from mergekit_moe.errors import DataError
-from mergekit_moe.images import IMAGE, image_cell, undecoded
+from mergekit_moe.images import IMAGE, ImageReader, has_images, image_cell, undecoded
 from mergekit_moe.recipe import DataSource
 from mergekit_moe.task_recipe import Choices
 from mergekit_moe.tasks import CHOICE, TASK_COLUMNS, columns_asked, task_cells, task_features, task_of
@@ -152,8 +152,10 @@ def split_held_out(rows: "Dataset") -> tuple["Dataset", "Dataset"]:
     return learnt, rows.select([i for i, out in enumerate(held_out) if out])
 
 
-def texts_of(rows: "Dataset") -> list[str]:
-    """Return what an embedder reads: prompt and completion as one text."""
+def texts_of(rows: "Dataset") -> list[Any]:
+    """Return what an embedder reads: prompt and completion as one text, or an image file's bytes."""
+    if has_images(rows):
+        return [cell["bytes"] for cell in undecoded(rows, IMAGE)[IMAGE]]
     return [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
 
 
@@ -162,24 +164,23 @@ def label_names(*parts: "Dataset") -> list[str]:
     return sorted({label for rows in parts for label in rows["label"]} - {""})
 
 
-class Texts(Sequence[str]):
+class Texts(Sequence[Any]):
     """`texts_of`, read from the rows when asked for: a pool need not fit into memory."""
 
     def __init__(self, rows: "Dataset") -> None:
-        self.rows = rows.select_columns(["prompt", "completion"])
+        self.rows = rows.select_columns([IMAGE] if has_images(rows) else ["prompt", "completion"])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @overload
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: int) -> Any: ...
     @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        taken = self.rows[index]
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, int):
-            return taken["prompt"] + taken["completion"]
-        return [prompt + completion for prompt, completion in zip(taken["prompt"], taken["completion"], strict=True)]
+            return texts_of(self.rows.select([index]))[0]
+        return texts_of(self.rows.select(range(*index.indices(len(self)))))
 
 
 def is_encoders(tokenizer: Any) -> bool:
@@ -187,33 +188,37 @@ def is_encoders(tokenizer: Any) -> bool:
     return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
 
 
-def leading_tokens(tokenizer: Any) -> list[int]:
-    """Return [BOS] if this tokenizer puts BOS before a text of its own accord, else []; CLS sees the whole text."""
-    if is_encoders(tokenizer):
+def leading_tokens(reader: Any) -> list[int]:
+    """Return [BOS] if a tokenizer puts BOS before a text of its own accord, else []; CLS sees the whole text."""
+    if isinstance(reader, ImageReader) or is_encoders(reader):
         return []
-    ids = tokenizer("a")["input_ids"]
-    return ids[:1] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
+    ids = reader("a")["input_ids"]
+    return ids[:1] if reader.bos_token_id is not None and ids[0] == reader.bos_token_id else []
 
 
-def tokenize(rows: "Dataset", tokenizer: Any, max_length: int, names: Sequence[str] = ()) -> "Dataset":
+def tokenize(rows: "Dataset", reader: Any, max_length: int, names: Sequence[str] = ()) -> "Dataset":
     """Return columns `input_ids` and `labels`: BOS, prompt (masked), completion, EOS (learnt).
 
     BOS only where the tokenizer itself puts one, so that users' own inputs look like the training's.
     Rows are cut at `max_length` tokens; a row with nothing left to learn is dropped. Other columns stay.
 
-    An encoder's rows are framed as its tokenizer does, and `labels` is one number a row: of its label.
+    An encoder's rows are framed as its tokenizer does, and `labels` is one number a row: of its label. Rows of images
+    have `pixel_values` in place of `input_ids`, made when a row is read.
 
     Args:
+        reader: the model's tokenizer or ImageReader, from `models.load_reader`.
         names: an encoder's labels, in the order of their numbers; a row with none of them has the number IGNORED.
     """
-    if is_encoders(tokenizer):
-        return _tokenize_whole(rows, tokenizer, max_length, names)
-    bos = leading_tokens(tokenizer)
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if isinstance(reader, ImageReader):
+        return _read_images(rows, reader, names)
+    if is_encoders(reader):
+        return _tokenize_whole(rows, reader, max_length, names)
+    bos = leading_tokens(reader)
+    eos = [] if reader.eos_token_id is None else [reader.eos_token_id]
 
     def encode(row: dict[str, str]) -> dict[str, list[int]]:
-        prompt = bos + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
-        completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + eos
+        prompt = bos + reader(row["prompt"], add_special_tokens=False)["input_ids"]
+        completion = reader(row["completion"], add_special_tokens=False)["input_ids"] + eos
         labels = [IGNORED] * len(prompt) + completion
         return {"input_ids": (prompt + completion)[:max_length], "labels": labels[:max_length]}
 
@@ -231,6 +236,14 @@ def _tokenize_whole(rows: "Dataset", tokenizer: Any, max_length: int, names: Seq
     return rows.map(encode, remove_columns=_own_columns(rows), keep_in_memory=True)
 
 
+def _read_images(rows: "Dataset", reader: ImageReader, names: Sequence[str]) -> "Dataset":
+    number = {name: i for i, name in enumerate(names)}
+    labels = [number.get(label, IGNORED) for label in rows["label"]]
+    unread = [name for name in _own_columns(rows) if name != "id"]
+    # In memory, as rows of tokens are: they are few, and still a file's bytes each.
+    return reader.read(rows.remove_columns(unread).flatten_indices(keep_in_memory=True).add_column("labels", labels))
+
+
 def _own_columns(rows: "Dataset") -> list[str]:
     return [name for name in rows.column_names if name in (*_COLUMNS, *TASK_COLUMNS)]
 
@@ -242,23 +255,30 @@ def to_learn(labels: "torch.Tensor") -> "torch.Tensor":
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, "torch.Tensor"]:
     """Return a right-padded batch of int64 tensors, (B, T); other columns, and labels of whole rows, are stacked."""
+    import numpy as np
     import torch
 
-    length = max(len(row["input_ids"]) for row in rows)
+    length = max(len(row.get("input_ids", [])) for row in rows)
 
     def padded(values: Iterable[list[int]], fill: int) -> "torch.Tensor":
         return torch.tensor([v + [fill] * (length - len(v)) for v in values])
 
-    batch = {
+    batch: dict[str, torch.Tensor] = {}
+    if "input_ids" in rows[0]:
         # Padding is masked in attention and labels, so that its id is free: not every model has a pad token.
-        "input_ids": padded((row["input_ids"] for row in rows), 0),
-        "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0),
-    }
+        batch["input_ids"] = padded((row["input_ids"] for row in rows), 0)
+        batch["attention_mask"] = padded(([1] * len(row["input_ids"]) for row in rows), 0)
     for name in rows[0].keys() - batch.keys():
         values = [row[name] for row in rows]
         by_token = name == "labels" and isinstance(values[0], list)
-        batch[name] = padded(values, IGNORED) if by_token else torch.tensor(values)
+        stacked = np.stack(values) if isinstance(values[0], np.ndarray) else values
+        batch[name] = padded(values, IGNORED) if by_token else torch.tensor(stacked)
     return batch
+
+
+def read_in(batch: "dict[str, torch.Tensor]") -> int:
+    """Return how many tokens a collated batch holds for a model to read, or images."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(batch["pixel_values"])
 
 
 def batches(

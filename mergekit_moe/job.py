@@ -54,7 +54,7 @@ class Job:
         return read_base(self.base)
 
     def _resolve_base(self, *, weights: bool) -> hub.Resolved:
-        if isinstance(self.recipe.base_model, Seed):
+        if isinstance(self.recipe.base_model, TrainedSeed):
             return hub.Resolved(self.workspace.folder("seed"), f"{self.name}-seed", None)
         return self._resolve(self.recipe.base_model, self.recipe.revision, "base_model", weights=weights)
 
@@ -91,7 +91,7 @@ class Job:
     @property
     def encodes(self) -> bool:
         """Whether the base model is a text encoder."""
-        return not isinstance(self.recipe.base_model, Seed) and self.base_headers.architecture.encoder
+        return not isinstance(self.recipe.base_model, TrainedSeed) and self.base_headers.architecture.encoder
 
     @property
     def router(self) -> Router:
@@ -107,7 +107,7 @@ class Job:
 
     @property
     def base_license(self) -> str:
-        if isinstance(self.recipe.base_model, Seed):
+        if isinstance(self.recipe.base_model, TrainedSeed):
             return self.recipe.base_model.license
         return license_of(self.base_headers.source.folder)
 

@@ -1,8 +1,7 @@
-"""Text encoders as classifiers: a text has the label whose name lies nearest (CLIP's protocol, on text).
+"""Encoders as classifiers: a text or an image has the label whose name lies nearest (CLIP's protocol).
 
 Label names are embedded once, by the seed, and stay where they are: experts that are trained apart share one target
-space. The text's own tower is the seed, an expert or the unified model. What it is handed need not be token ids:
-whatever the encoder's forward takes beside the mask.
+space. The own tower of what is classified is the seed's, an expert's or the unified model's.
 
 Shapes: B rows, T tokens, D embedding size, V labels.
 """
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
+PROJECTED = "projected"
 _BATCH = 64
 
 
 class Labels(NamedTuple):
-    """What a text can be."""
+    """What a text or image can be."""
 
     names: list[str]
     vectors: Tensor
@@ -43,11 +43,12 @@ class Matched(ModelOutput):
 
 
 class LabelMatcher(nn.Module):
-    """A text encoder with one vector a text, and the labels that these are compared with, if any.
+    """An encoder with one vector a text or image, and the labels that these are compared with, if any.
 
     Args:
         encoder: an encoder of transformers, wrapped by PEFT or not, or ours.
-        pooling: `mean` of the token states, or the first one's (`cls`).
+        pooling: `mean` of the token states, or the first one's (`cls`); `projected` of two towers, each of which
+            projects its own vector into a space that they share.
     """
 
     label_vectors: Tensor
@@ -57,12 +58,17 @@ class LabelMatcher(nn.Module):
         self.encoder = encoder
         self.pooling = pooling
         self.temperature = 1.0 if labels is None else labels.temperature
-        vectors = torch.zeros(0, encoder.config.hidden_size) if labels is None else labels.vectors
+        vectors = torch.zeros(0, self.size) if labels is None else labels.vectors
         self.register_buffer("label_vectors", vectors.to(encoder.device), persistent=False)
 
     @property
     def config(self) -> Any:
         return self.encoder.config
+
+    @property
+    def size(self) -> int:
+        """D."""
+        return self.config.projection_dim if self.pooling == PROJECTED else self.config.hidden_size
 
     @property
     def device(self) -> torch.device:
@@ -73,33 +79,38 @@ class LabelMatcher(nn.Module):
         """The encoder, as a language model's `base_model` is what it has under its head."""
         return self.encoder
 
-    def embed(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
-        """Return unit rows (B, D), float32: what sentence-transformers makes of the same tokens."""
-        hidden = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state.float()
+    def embed(self, **inputs: Tensor) -> Tensor:
+        """Return unit rows (B, D), float32: of tokens what sentence-transformers makes of them, or of pixels."""
+        if self.pooling == PROJECTED:
+            tower = self.encoder.get_image_features if "pixel_values" in inputs else self.encoder.get_text_features
+            return F.normalize(tower(**inputs).pooler_output.float(), dim=-1)
+        hidden = self.encoder(**inputs).last_hidden_state.float()
         if self.pooling == "cls":
             return F.normalize(hidden[:, 0], dim=-1)
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         return F.normalize((hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9), dim=-1)
 
     def forward(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         taught: Tensor | None = None,
         forced_expert: Tensor | None = None,
         use_cache: bool | None = None,
     ) -> Matched:
-        """Compare texts with the labels.
+        """Compare texts, or images by their pixels, with the labels.
 
         Args:
             labels: (B,) numbers of labels; a negative one's row learns from `taught`.
-            taught: (B, D), where the model that teaches puts each text, from `add_teacher`.
+            taught: (B, D), where the model that teaches puts each row, from `add_teacher`.
             forced_expert: (B,), as in our own models.
             use_cache: means nothing here; language models are told not to.
         """
-        forced = {} if forced_expert is None else {"forced_expert": forced_expert}
-        embeddings = self.embed(attention_mask, input_ids=input_ids, **forced)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
+        given |= {"forced_expert": forced_expert}
+        embeddings = self.embed(**{name: value for name, value in given.items() if value is not None})
         logits = embeddings @ self.label_vectors.T / self.temperature
         if labels is None:
             return Matched(logits=logits, embeddings=embeddings)
@@ -126,12 +137,17 @@ class LabelMatcher(nn.Module):
         return torch.where(known, losses, apart)
 
 
-@torch.no_grad()
 def embed_labels(seed: LabelMatcher, tokenizer: Any, names: list[str], temperature: float) -> Labels:
     """Return the labels, their names embedded by the seed."""
+    return Labels(names, embed_texts(seed, tokenizer, names), temperature)
+
+
+@torch.no_grad()
+def embed_texts(seed: LabelMatcher, tokenizer: Any, texts: list[str]) -> Tensor:
+    """Return (N, D) unit rows, float32."""
     parts = []
-    for first in range(0, len(names), _BATCH):
-        batch = tokenizer(names[first : first + _BATCH], padding=True, truncation=True, return_tensors="pt")
+    for first in range(0, len(texts), _BATCH):
+        batch = tokenizer(texts[first : first + _BATCH], padding=True, truncation=True, return_tensors="pt")
         inputs = {key: batch[key].to(seed.device) for key in ("input_ids", "attention_mask")}
         parts.append(seed.eval().embed(**inputs))
-    return Labels(names, torch.cat(parts), temperature)
+    return torch.cat(parts)

@@ -1,5 +1,6 @@
 """Load models for the stages, and look at what happens inside their FFNs and routers."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,11 @@ from transformers import (
 )
 
 from mergekit_moe.adapters import ADAPTER_CONFIG
-from mergekit_moe.architectures import is_encoder
+from mergekit_moe.architectures import is_encoder, reads_images
 from mergekit_moe.checkpoint import pooling_of, read_config
 from mergekit_moe.data import IGNORED, batches
-from mergekit_moe.matching import LabelMatcher, Labels, embed_labels
+from mergekit_moe.images import ImageReader
+from mergekit_moe.matching import PROJECTED, LabelMatcher, Labels, embed_labels
 from mergekit_moe.modeling.routing_metamoe import ContextRouter, Routing, prompt_tokens
 from mergekit_moe.workspace import process_state
 
@@ -54,21 +56,28 @@ def load_network(folder: Path) -> PreTrainedModel:
 
 
 def as_used(network: Any, folder: Path, labels: Labels | None = None) -> Any:
-    """Return a model that takes collated rows: the language model itself, a text encoder in a LabelMatcher.
+    """Return a model that takes collated rows: the language model itself, an encoder in a LabelMatcher.
 
     Args:
         network: from `load_network`, or one that PEFT made of it.
         folder: of the base or unified model, which says how an encoder's token states become one vector.
-        labels: what an encoder's texts are compared with.
+        labels: what an encoder's texts or images are compared with.
     """
-    if not is_encoder(network.config.to_dict()):
+    config = network.config.to_dict()
+    if not is_encoder(config):
         return network
-    return LabelMatcher(network, pooling_of(folder, str(folder)), labels)
+    pooling = PROJECTED if reads_images(config) else pooling_of(folder, str(folder))
+    return LabelMatcher(network, pooling, labels)
 
 
 def network_of(model: Any) -> Any:
     """Return the transformers model inside what `as_used` returned."""
     return model.encoder if isinstance(model, LabelMatcher) else model
+
+
+def body_of(network: Any) -> Any:
+    """Return the part of a transformers model whose layers can take experts: of two towers the images'."""
+    return getattr(network, "vision_model", network)
 
 
 def load_model(folder: Path, labels: Labels | None = None) -> Any:
@@ -102,7 +111,7 @@ def add_teacher(model: Any, rows: "Dataset") -> "Dataset":
         return rows
     model.eval()
     unlabelled = [place for place, label in enumerate(rows["labels"]) if label == IGNORED]
-    taught = torch.zeros(len(rows), model.config.hidden_size)
+    taught = torch.zeros(len(rows), model.size)
     seen = 0
     for batch in batches(rows, _BATCH, model.device, unlabelled):
         said = model(**scored_inputs(model, batch), forced_expert=batch.get("expert")).embeddings
@@ -116,16 +125,44 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
+def load_reader(folder: Path) -> Any:
+    """Return what `data.tokenize` makes a model's inputs by: its tokenizer, or the reader of its images."""
+    if reads_images(read_config(folder, "config.json", str(folder))):
+        return ImageReader(folder)
+    return load_tokenizer(folder)
+
+
 def scored_inputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return what `model` reads of a collated batch when nobody asks it for a loss.
 
     A router whose context is the prompt has to be told which tokens that is.
     """
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs = {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask", "pixel_values")}
     if getattr(model.config, "router_context", None) == "prompt":
         routed = model.base_model.routed_tokens(inputs["input_ids"], None, inputs["attention_mask"])
         inputs["prompt_mask"] = prompt_tokens(batch["labels"], routed, None)
     return inputs
+
+
+def routed_tokens(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return (B, T) bool: the tokens of a collated batch that a MoE model routes; of an image all patches and CLS."""
+    if "pixel_values" not in batch:
+        return model.base_model.routed_tokens(batch["input_ids"], None, batch["attention_mask"])
+    rows, _, *sides = batch["pixel_values"].shape
+    patches = math.prod(side // model.config.sized.patch_size for side in sides)
+    return torch.ones(rows, 1 + patches, dtype=torch.bool, device=batch["pixel_values"].device)
+
+
+def counted_tokens(batch: dict[str, Tensor], hidden: Tensor, silent: list[int]) -> Tensor:
+    """Return (B, T) bool: the tokens of a collated batch that count in a mean, for their (B, T, H) hidden states.
+
+    Args:
+        silent: ids of the tokens that belong to no domain.
+    """
+    if "pixel_values" in batch:
+        return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    unknown = torch.tensor(silent, dtype=torch.long, device=hidden.device)
+    return batch["attention_mask"].bool() & ~torch.isin(batch["input_ids"], unknown)
 
 
 def routers_of(model: nn.Module) -> list[ContextRouter]:
@@ -142,7 +179,9 @@ def recorded_routers(model: nn.Module) -> Iterator[list[RouterCall]]:
         calls.clear()
 
     def record(module: ContextRouter, args: Any, logits: Tensor) -> None:
-        calls.append(RouterCall(args[0], args[1], logits, module.context))
+        # An image's mask is one for all of its patches.
+        routing = args[1]._replace(token_mask=args[1].token_mask.expand(logits.shape[:2]))
+        calls.append(RouterCall(args[0], routing, logits, module.context))
 
     handles = [model.register_forward_pre_hook(begin)]
     handles += [router.register_forward_hook(record) for router in routers_of(model)]

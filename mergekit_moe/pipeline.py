@@ -129,7 +129,7 @@ def steps(job: Job) -> Iterator[Step]:
         }
         make = functools.partial(selecting.select_for_foreign, job, expert)
         yield Step("select", f"proxies/{expert.name}", inputs | seed, make, distributed=True)
-    if isinstance(recipe.base_model, Seed):
+    if isinstance(recipe.base_model, TrainedSeed):
         inputs = {"model": recipe.base_model.model_dump(mode="json")}
         make = functools.partial(_train_seed, job)
         yield Step("seed", "seed", inputs | pool | seed, make, distributed=True, resumable=True)
@@ -214,7 +214,7 @@ def _nothing(out: Path) -> None:
 def _train_seed(job: Job, out: Path) -> None:
     from mergekit_moe.seed import train_seed
 
-    assert isinstance(job.recipe.base_model, Seed)
+    assert isinstance(job.recipe.base_model, TrainedSeed)
     train_seed(job.pool, job.recipe.base_model, seed=job.recipe.seed, out=out)
     carding.write_seed_card(job, job.recipe.base_model, out)
 
@@ -246,17 +246,17 @@ def align_client(job: Job, client: ExpertSource, out: Path) -> None:
 def publish_client(job: Job, client: ExpertSource, out: Path) -> None:
     """Assemble the folder that a client may publish, its ledger and its card."""
     from mergekit_moe.alignment import domain_free_tokens
-    from mergekit_moe.models import load_tokenizer
+    from mergekit_moe.models import load_reader
     from mergekit_moe.publication import publish_expert
 
-    tokenizer = load_tokenizer(job.base.folder)
+    reader = load_reader(job.base.folder)
     about = {
         "name": client.name,
         "base_model": job.base.public_name,
         "base_revision": job.base.revision,
         "base_weights": job.base_weights,
         "license": client.license or job.base_license,
-        "domain_free_token_ids": domain_free_tokens(tokenizer, job.recipe.alignment),
+        "domain_free_token_ids": domain_free_tokens(reader, job.recipe.alignment),
     }
     proxies = read_proxies(job.workspace.folder(f"proxies/{client.name}"), client.name)
     publish_expert(
@@ -264,7 +264,7 @@ def publish_client(job: Job, client: ExpertSource, out: Path) -> None:
         job.base.folder,
         about=about,
         proxies=proxies,
-        proxy_tokens=data.tokenize(job.pool.select(proxies["rows"]), tokenizer, job.recipe.router.max_length),
+        proxy_tokens=data.tokenize(job.pool.select(proxies["rows"]), reader, job.recipe.router.max_length),
         statistics=protecting.statistics_file(job, client),
         out=out,
     )
@@ -351,7 +351,7 @@ def _proxy_tokens(job: Job) -> "Dataset":
 
 def _tokens_of(job: Job, number: int) -> "Dataset":
     """Return one expert's tokenised proxies, with its number as the column `expert`; the anchor's come last."""
-    from mergekit_moe.models import load_tokenizer
+    from mergekit_moe.models import load_reader
 
     if number == len(job.recipe.experts):
         name, rows = ANCHOR, job.anchor_rows()
@@ -359,7 +359,7 @@ def _tokens_of(job: Job, number: int) -> "Dataset":
         expert = job.expert(job.recipe.experts[number])
         name, rows = expert.name, job.proxy_rows(expert)
     max_length = job.recipe.router.max_length
-    tokens = data.tokenize(rows, load_tokenizer(job.base.folder), max_length)
+    tokens = data.tokenize(rows, load_reader(job.base.folder), max_length)
     if len(tokens) == 0:
         raise DataError(
             f"expert '{name}': no proxy has a token to learn within router.max_length {max_length}; raise it"

@@ -72,7 +72,7 @@ def _plan_workspace(job: Job) -> list[tuple[str, str]]:
 
 
 def _plan_base(job: Job) -> list[tuple[str, str]]:
-    if isinstance(job.recipe.base_model, Seed):
+    if isinstance(job.recipe.base_model, TrainedSeed):
         seed = job.recipe.base_model
         return [("base", f"Llama, {seed.layers} layers of {seed.hidden_size}, to be trained on the pool")]
     base = job.base_headers
@@ -106,14 +106,14 @@ def _require_fitting(job: Job) -> list[tuple[str, str]]:
 
 def _plan_license(job: Job) -> list[tuple[str, str]]:
     """Look at the licences of what is there already; a client's expert takes its own, or the base's."""
-    if isinstance(job.recipe.base_model, Seed) and not job.base.folder.is_dir():
+    if isinstance(job.recipe.base_model, TrainedSeed) and not job.base.folder.is_dir():
         return []
     return [("licence", cards.require_license(job.recipe.card.license, job.licenses()))]
 
 
 def _plan_export(job: Job, target: str) -> list[tuple[str, str]]:
     model_type = "llama"
-    if not isinstance(job.recipe.base_model, Seed):
+    if not isinstance(job.recipe.base_model, TrainedSeed):
         model_type = str(job.base_headers.config["model_type"])
     require_export(target, model_type, renormalises=job.recipe.merge.renormalise)
     return [("export", f"{target}, with gates fitted on the proxies")]
@@ -144,7 +144,7 @@ def _plan_expert(job: Job, source: ExpertSource) -> list[tuple[str, str]]:
         return [
             (f"expert {source.name}", f"to be trained on {len(private):,} private rows; {len(held_out):,} held out")
         ]
-    if isinstance(job.recipe.base_model, Seed) and not job.base.folder.is_dir():
+    if isinstance(job.recipe.base_model, TrainedSeed) and not job.base.folder.is_dir():
         return [(f"expert {source.name}", f"{source.source}, to be checked once the seed is trained")]
     expert = job.expert(source, weights=False)
     _require_mergeable(job, expert)

@@ -49,16 +49,16 @@ def noised_statistics_of(job: Job, client: ExpertSource, out: Path) -> None:
     from safetensors.torch import save_file
 
     from mergekit_moe.alignment import domain_free_tokens
-    from mergekit_moe.models import load_model, load_tokenizer
+    from mergekit_moe.models import load_model, load_reader
     from mergekit_moe.privacy.statistics import private_statistics, public_reference, text_vectors
 
     privacy, rows = job.recipe.privacy_of(client), job.private_rows(client)
     assert privacy.statistics.epsilon is not None
-    model, tokenizer = load_model(job.base.folder).eval(), load_tokenizer(job.base.folder)
-    silent = domain_free_tokens(tokenizer, job.recipe.alignment)
+    model, reader = load_model(job.base.folder).eval(), load_reader(job.base.folder)
+    silent = domain_free_tokens(reader, job.recipe.alignment)
 
     def vectors(texts: Any) -> Any:
-        return text_vectors(model, data.tokenize(texts, tokenizer, job.recipe.router.max_length), silent)
+        return text_vectors(model, data.tokenize(texts, reader, job.recipe.router.max_length), silent)
 
     some = random.Random(job.recipe.seed).sample(range(len(job.pool)), min(len(job.pool), _REFERENCE_ROWS))
     mean, norm = public_reference(vectors(job.pool.select(sorted(some))))

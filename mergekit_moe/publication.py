@@ -62,16 +62,22 @@ def write_statistics(expert: Path, base: Path, proxy_tokens: "Dataset", silent_t
     from peft import PeftModel
     from safetensors.torch import save_file
 
-    from mergekit_moe.models import adapter_silent_on, load_network, recorded_ffn_inputs
+    from mergekit_moe.models import (
+        adapter_silent_on,
+        as_used,
+        counted_tokens,
+        load_network,
+        recorded_ffn_inputs,
+        scored_inputs,
+    )
 
-    model = PeftModel.from_pretrained(load_network(base), str(expert)).eval()
+    model = as_used(PeftModel.from_pretrained(load_network(base), str(expert)), base).eval()
     sums: dict[str, Tensor] = {}
     with torch.no_grad(), adapter_silent_on(model, silent_tokens):
         for batch in batches(proxy_tokens, _BATCH, model.device):
             with recorded_ffn_inputs(model) as inputs:
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-            counted = batch["attention_mask"].bool()
-            counted &= ~torch.isin(batch["input_ids"], torch.tensor(silent_tokens, device=model.device))
+                model(**scored_inputs(model, batch), use_cache=False)
+            counted = counted_tokens(batch, inputs[0], silent_tokens)
             for layer, hidden in enumerate(inputs):
                 tokens = hidden[counted].cpu().double()
                 for name, value in (

@@ -8,6 +8,7 @@ from mergekit_moe.image_recipe import check_images
 from mergekit_moe.label_recipe import Matching, check_labels
 from mergekit_moe.privacy_recipe import Privacy, forbid_unaccounted
 from mergekit_moe.router_recipe import BY_PUBLISHED, NO_PROXIES, Router, Training
+from mergekit_moe.seed_recipe import ClipSeed, Seed, TrainedSeed, kind_of_base
 from mergekit_moe.source_recipe import DataSource
 from mergekit_moe.spec import Spec
 from mergekit_moe.task_recipe import Choices, Task
@@ -37,25 +38,6 @@ class HeldOut(DataSource):
             raise ValueError(
                 "'completion' has no place for a choice; write {choice} where it stands, such as ' {choice}'"
             )
-        return self
-
-
-class Seed(Training):
-    """A small Llama and its tokenizer, trained on the public pool alone: for benchmarks and demonstrations."""
-
-    vocab_size: int = Field(2048, ge=300)
-    hidden_size: int = Field(128, ge=16)
-    intermediate_size: int = 384
-    layers: int = Field(4, ge=1)
-    heads: int = Field(4, ge=1)
-    max_length: int = Field(256, ge=16)
-    """Tokens; longer rows are cut."""
-    license: str = "other"
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.hidden_size % (2 * self.heads):
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 * heads = {2 * self.heads}")
         return self
 
 
@@ -259,10 +241,11 @@ class Recipe(Spec):
     """One merge, from the clients' data to the model card."""
 
     base_model: Annotated[
-        Annotated[str, Tag("(name)")] | Annotated[Seed, Tag("(seed)")],
-        Discriminator(lambda value: "(seed)" if isinstance(value, dict | Seed) else "(name)"),
+        Annotated[str, Tag("(name)")] | Annotated[Seed, Tag("(seed)")] | Annotated[ClipSeed, Tag("(clip)")],
+        Discriminator(kind_of_base),
     ]
-    """Folder or Hub id of the seed model; or the settings of a small one to be trained on the pool."""
+    """Folder or Hub id of the seed model; or the settings of a small one to be trained: a language model on the pool,
+    a CLIP model (`kind: clip`) on labelled images of its own."""
     revision: str | None = None
     public_pool: (
         Annotated[
@@ -296,9 +279,9 @@ class Recipe(Spec):
         names = [expert.name for expert in self.experts]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"expert name '{twice[0]}' is used more than once; give each expert its own")
-        if self.revision is not None and isinstance(self.base_model, Seed):
+        if self.revision is not None and isinstance(self.base_model, TrainedSeed):
             raise ValueError("'revision' is for a base model on the Hub, and this one is trained here; drop it")
-        for expert in self.experts if isinstance(self.base_model, Seed) else ():
+        for expert in self.experts if isinstance(self.base_model, TrainedSeed) else ():
             if expert.proxies == "expert-gain":
                 raise ValueError(
                     f"expert '{expert.name}': proxies by expert-gain need a base_model that exists, "
@@ -346,7 +329,7 @@ class Recipe(Spec):
 
     def _check_without_pool(self) -> None:
         """Raise ValueError for what needs a public pool, in a recipe that has none."""
-        if isinstance(self.base_model, Seed):
+        if isinstance(self.base_model, TrainedSeed):
             raise ValueError("base_model: a seed is trained on public_pool; give one, or name a base model")
         for expert in self.experts:
             if expert.client is not None or expert.proxies == "expert-gain":

@@ -69,7 +69,7 @@ def train(
     """Train `model` in place on tokenised rows; return the log, one entry about every twentieth of the way.
 
     Args:
-        rows: columns `input_ids` and `labels`, and whatever else the trainer's loss reads.
+        rows: columns that `data.tokenize` makes, and whatever else the trainer's loss reads.
         folder: where the Trainer may put its own files while it runs; what a killed run left there is gone on with.
         trainer: a PartTrainer with another loss.
         mixed: draw batches at random; by default rows of like length share a batch, which wastes no padding
@@ -91,7 +91,7 @@ def train(
         lr_scheduler_type=settings.scheduler,
         bf16=settings.bf16,
         use_cpu=process_state().device.type == "cpu",
-        train_sampling_strategy="random" if mixed else "group_by_length",
+        train_sampling_strategy="random" if mixed or "input_ids" not in rows.column_names else "group_by_length",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         save_steps=_PART,

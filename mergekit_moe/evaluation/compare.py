@@ -10,7 +10,7 @@ from mergekit_moe.evaluation.judging import judge
 from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
 from mergekit_moe.evaluation.scoring import Domain, by_model, score, tokenized
 from mergekit_moe.evaluation.tables import RESULTS
-from mergekit_moe.models import load_expert, load_labels, load_model, load_tokenizer, recorded_routers, scored_inputs
+from mergekit_moe.models import load_expert, load_labels, load_model, load_reader, recorded_routers, scored_inputs
 from mergekit_moe.recipe import Evaluation
 from mergekit_moe.workspace import write_json
 
@@ -40,10 +40,10 @@ def evaluate_models(
         experts: expert's name -> its published folder; each runs as PEFT or transformers would run it.
         unified: the unified model's folder.
         proxy_shares: how often each client's proxies carry its true tag, kept with the results.
-        names: labels of all domains together, for a text encoder; a domain is never judged by its own labels alone.
+        names: labels of all domains together, for an encoder; a domain is never judged by its own labels alone.
         temperature: of the encoder's logits.
     """
-    domains = tokenized(domains, load_tokenizer(base), settings, names or [])
+    domains = tokenized(domains, load_reader(base), settings, names or [])
     labels = load_labels(base, names or [], temperature)
     losses = {SEED: _losses(load_model(base, labels), domains, settings)}
     losses.update(_expert_losses(base, experts, domains, settings, labels))

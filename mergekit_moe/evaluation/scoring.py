@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_moe.data import IGNORED, batches, tokenize
+from mergekit_moe.data import IGNORED, batches, read_in, tokenize
 from mergekit_moe.errors import DataError
 from mergekit_moe.evaluation.judging import Questions, judge
 from mergekit_moe.models import recorded_routers, routers_of, scored_inputs
@@ -51,7 +51,7 @@ class Domain(NamedTuple):
     """What they are judged by beside the loss, once they are tokens."""
 
 
-def tokenized(domains: list[Domain], tokenizer: Any, settings: "Evaluation", names: Sequence[str] = ()) -> list[Domain]:
+def tokenized(domains: list[Domain], reader: Any, settings: "Evaluation", names: Sequence[str] = ()) -> list[Domain]:
     """Return the domains with the rows that are judged, tokenised, and their questions.
 
     Args:
@@ -63,13 +63,13 @@ def tokenized(domains: list[Domain], tokenizer: Any, settings: "Evaluation", nam
     found = []
     for domain in domains:
         first = domain.rows.select(range(min(len(domain.rows), settings.max_rows)))
-        rows = tokenize(first, tokenizer, settings.max_length, names)
+        rows = tokenize(first, reader, settings.max_length, names)
         if len(rows) == 0:
             raise DataError(
                 f"expert '{domain.name}': no held-out row has a token to judge within evaluation.max_length "
                 f"{settings.max_length}; raise it"
             )
-        questions = None if domain.task is None else Questions(first, domain.task, tokenizer)
+        questions = None if domain.task is None else Questions(first, domain.task, reader)
         found.append(domain._replace(rows=rows, questions=questions))
     return found
 
@@ -78,7 +78,7 @@ def tokenized(domains: list[Domain], tokenizer: Any, settings: "Evaluation", nam
 def judged(model: "PreTrainedModel", batch: dict[str, Tensor]) -> Judged:
     """Return a language model's predictions of the tokens that are to be learnt, row by row, from left to right.
 
-    Of a text encoder, its choice of a label for each row.
+    Of an encoder, its choice of a label for each row.
     """
     logits, labels = model(**scored_inputs(model, batch), use_cache=False).logits, batch["labels"]
     if labels.ndim == 1:
@@ -132,7 +132,7 @@ def _mixed(log_probs: list[Tensor], weights: Any) -> Tensor:
 
 
 def score(predict: Predict, rows: "Dataset", settings: "Evaluation", device: Any) -> dict[str, float]:
-    """Return the mean loss in nats a prediction, `predictions`, and the input's `tokens` and `seconds`.
+    """Return the mean loss in nats a prediction, `predictions`, and the input's `tokens` (or images) and `seconds`.
 
     Where rows have labels, their `accuracy`, too.
     """
@@ -145,7 +145,7 @@ def score(predict: Predict, rows: "Dataset", settings: "Evaluation", device: Any
         seconds += time.perf_counter() - begun
         predictions += len(own)
         right += int((said.log_probs.argmax(-1) == said.targets).sum())
-        tokens += int(batch["attention_mask"].sum())
+        tokens += read_in(batch)
     accuracy = {"accuracy": right / predictions} if batch["labels"].ndim == 1 else {}
     return {"loss": total / predictions, **accuracy, "predictions": predictions, "tokens": tokens, "seconds": seconds}
 
@@ -157,7 +157,7 @@ def routing_of(model: "PreTrainedModel", domain: Domain, settings: "Evaluation")
     with recorded_routers(model.eval()) as calls:
         for batch in batches(domain.rows, settings.batch_size, model.device):
             model(**scored_inputs(model, batch), use_cache=False)
-            routed = calls[0].routing.token_mask.expand(batch["input_ids"].shape)
+            routed = calls[0].routing.token_mask
             chosen = [call.logits.argmax(-1)[routed] for call in calls]
             found = [torch.bincount(layer, minlength=calls[0].logits.shape[-1]).double().cpu() for layer in chosen]
             counts = found if not counts else [before + more for before, more in zip(counts, found, strict=True)]

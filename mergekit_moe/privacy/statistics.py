@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mergekit_moe.data import batches
-from mergekit_moe.models import recorded_ffn_inputs
+from mergekit_moe.models import counted_tokens, recorded_ffn_inputs, scored_inputs
 from mergekit_moe.privacy.accounting import Mechanism, account, gaussian_sigma, require_few_enough, require_signal
 from mergekit_moe.privacy.noise import clipped_sum, fresh_generator, gaussian, noise_to_signal
 
@@ -28,11 +28,10 @@ _BATCH = 16
 @torch.no_grad()
 def text_vectors(model: "PreTrainedModel", tokens: "Dataset", silent_tokens: list[int]) -> Iterator[Tensor]:
     """Yield (B, L, H) float64: each row's mean FFN input in every layer, without padding and the silent tokens."""
-    silent = torch.tensor(silent_tokens, dtype=torch.long, device=model.device)
     for batch in batches(tokens, _BATCH, model.device):
         with recorded_ffn_inputs(model) as inputs:
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        counted = batch["attention_mask"].bool() & ~torch.isin(batch["input_ids"], silent)
+            model(**scored_inputs(model, batch), use_cache=False)
+        counted = counted_tokens(batch, inputs[0], silent_tokens)
         weight = counted.double() / counted.sum(1, keepdim=True).clamp(min=1)
         yield torch.stack([(hidden.double() * weight[:, :, None]).sum(1) for hidden in inputs], dim=1).cpu()
 

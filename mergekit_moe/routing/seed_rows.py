@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mergekit_moe.data import batches
-from mergekit_moe.models import recorded_ffn_inputs
+from mergekit_moe.models import counted_tokens, recorded_ffn_inputs, scored_inputs
 from mergekit_moe.routing.statistics import add_over_processes
 from mergekit_moe.workspace import process_state
 
@@ -65,12 +65,13 @@ def _unit_means(
     """Return the unit-length means over routed tokens of what `look` sees, a (B, T, H) a layer."""
     state = process_state()
     mine = range(state.process_index, len(proxies), state.num_processes)
-    sums = torch.zeros(config.num_hidden_layers, len(config.experts), config.hidden_size, dtype=torch.float64)
-    excluded = torch.tensor(list(config.router_excluded_token_ids), device=seed.device)
+    sums = torch.zeros(
+        config.sized.num_hidden_layers, len(config.experts), config.sized.hidden_size, dtype=torch.float64
+    )
     for batch in batches(proxies, _BATCH, seed.device, mine):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        routed = inputs["attention_mask"].bool() & ~torch.isin(inputs["input_ids"], excluded)
+        layers = look(scored_inputs(seed, batch))
+        routed = counted_tokens(batch, layers[0], list(config.router_excluded_token_ids))
         owner = batch["expert"][:, None].expand_as(routed)[routed].cpu()
-        for total, seen in zip(sums, look(inputs), strict=True):
+        for total, seen in zip(sums, layers, strict=True):
             total.index_add_(0, owner, seen[routed].cpu().double())
     return F.normalize(add_over_processes(sums)[0], dim=-1).float()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mergekit_moe.errors import DataError
-from mergekit_moe.models import load_network
+from mergekit_moe.models import body_of, load_network
 from mergekit_moe.router_recipe import Router
 from mergekit_moe.routing import seed_rows
 from mergekit_moe.routing.statistics import RoutingStatistics, gather_statistics, read_statistics
@@ -52,7 +52,7 @@ class Material:
     def by_seed(self, rows: Callable[[Any, Any, "Dataset"], Tensor]) -> tuple[Tensor, Tensor]:
         """Return the rows that one of `seed_rows` makes, without bias."""
         assert self.base is not None, "no seed model"
-        weights = rows(load_network(self.base).eval(), self.model.config, self.proxies)
+        weights = rows(body_of(load_network(self.base)).eval(), self.model.config, self.proxies)
         return weights, torch.zeros(weights.shape[:2])
 
 
@@ -155,7 +155,7 @@ def _with_bias(weights: Tensor, means: Tensor, centre: Tensor) -> tuple[Tensor, 
 
 def _linear(material: Material) -> tuple[Tensor, Tensor]:
     config = material.model.config
-    return linear(config.num_hidden_layers, len(config.experts), config.hidden_size, material.seed)
+    return linear(config.sized.num_hidden_layers, len(config.experts), config.sized.hidden_size, material.seed)
 
 
 STARTS: dict[str, Callable[[Material], tuple[Tensor, Tensor]]] = {

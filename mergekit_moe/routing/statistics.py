@@ -79,7 +79,7 @@ def _sums(model: "PreTrainedModel", rows: "Dataset", context_weight: float, batc
     with recorded_routers(model) as calls:
         for batch in batches(rows, batch_size, model.device, mine):
             model(**scored_inputs(model, batch), forced_expert=batch["expert"], use_cache=False)
-            routed = calls[0].routing.token_mask.expand(batch["input_ids"].shape)
+            routed = calls[0].routing.token_mask
             count += int(routed.sum())
             for layer, call in enumerate(calls):
                 features = router_feature(call, context_weight)[routed].cpu().double()

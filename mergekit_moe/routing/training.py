@@ -23,6 +23,7 @@ from mergekit_moe.models import (
     load_model,
     network_of,
     recorded_routers,
+    routed_tokens,
     routers_of,
     scored_inputs,
 )
@@ -59,7 +60,7 @@ class RouterTrainer(PartTrainer):
 
     def count(self, batch: dict[str, Tensor]) -> Counts:
         """Return what a collated batch holds."""
-        routed = self.model.base_model.routed_tokens(batch["input_ids"], None, batch["attention_mask"])
+        routed = routed_tokens(self.model, batch)
         return count(batch["labels"], routed, batch["expert"], self.model.config.num_experts)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
