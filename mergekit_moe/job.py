@@ -9,7 +9,8 @@ from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG
 from mergekit_moe.checkpoint import identity, license_of, stamp, weights_fingerprint
 from mergekit_moe.errors import ExpertError
 from mergekit_moe.experts import PROXIES, STATISTICS, Base, Expert, read_base, read_expert, read_proxies
-from mergekit_moe.recipe import ExpertSource, Recipe, Router, Seed
+from mergekit_moe.image_recipe import SEED_EMBEDDER, embedder_of
+from mergekit_moe.recipe import ClipSeed, DataSource, ExpertSource, Recipe, Router, TrainedSeed
 from mergekit_moe.selection.embedding import choose_backend, load_embedder, resolve_embedder
 from mergekit_moe.workspace import Workspace, digest, file_sha256
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 POOL = "public_pool"
 """How errors name the pool."""
+SEED_ROWS = "base_model.rows"
+"""How errors name what a seed that is trained here learns from, where that isn't the pool."""
 
 
 class Job:
@@ -91,7 +94,9 @@ class Job:
     @property
     def encodes(self) -> bool:
         """Whether the base model is a text encoder."""
-        return not isinstance(self.recipe.base_model, TrainedSeed) and self.base_headers.architecture.encoder
+        if isinstance(self.recipe.base_model, TrainedSeed):
+            return isinstance(self.recipe.base_model, ClipSeed)
+        return self.base_headers.architecture.encoder
 
     @property
     def router(self) -> Router:
@@ -110,6 +115,11 @@ class Job:
         if isinstance(self.recipe.base_model, TrainedSeed):
             return self.recipe.base_model.license
         return license_of(self.base_headers.source.folder)
+
+    @property
+    def embeds_itself(self) -> bool:
+        """Whether the base model's own image tower embeds the pool."""
+        return embedder_of(self.recipe) == SEED_EMBEDDER
 
     @functools.cached_property
     def embedder(self) -> hub.Resolved:
@@ -130,6 +140,25 @@ class Job:
         settings = self.recipe.selection
         backend = choose_backend(settings.embedder_backend)
         return load_embedder(self.embedder.folder, settings.embedder_max_length, backend)
+
+    @property
+    def seed_sources(self) -> list[DataSource]:
+        """What a seed that is trained here learns from; nothing for another base model."""
+        base = self.recipe.base_model
+        if isinstance(base, str):
+            return []
+        return base.rows if isinstance(base, ClipSeed) else self.recipe.pool_sources
+
+    @functools.cached_property
+    def seed_rows(self) -> "Dataset":
+        if not isinstance(self.recipe.base_model, ClipSeed):
+            return self.pool
+        tell = self.workspace.report
+        return data.load_rows(self.seed_sources, self.data_dir, SEED_ROWS, public=True, tell=tell)
+
+    @property
+    def seed_fingerprint(self) -> str:
+        return digest(data.fingerprint(self.seed_sources, self.data_dir, SEED_ROWS, tell=self.workspace.report))
 
     @functools.cached_property
     def pool(self) -> "Dataset":

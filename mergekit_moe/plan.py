@@ -8,7 +8,7 @@ from mergekit_moe.architectures import require_export
 from mergekit_moe.errors import DataError, ExpertError, MetaMoeError
 from mergekit_moe.experts import STATISTICS, Expert, require_ffn_change
 from mergekit_moe.job import POOL, Job
-from mergekit_moe.recipe import BY_PUBLISHED, ExpertSource, Seed
+from mergekit_moe.recipe import BY_PUBLISHED, ClipSeed, ExpertSource, TrainedSeed
 
 
 def plan(job: Job, *, merging: bool = True, base: bool = True, carding: bool = False) -> list[tuple[str, str]]:
@@ -74,7 +74,10 @@ def _plan_workspace(job: Job) -> list[tuple[str, str]]:
 def _plan_base(job: Job) -> list[tuple[str, str]]:
     if isinstance(job.recipe.base_model, TrainedSeed):
         seed = job.recipe.base_model
-        return [("base", f"Llama, {seed.layers} layers of {seed.hidden_size}, to be trained on the pool")]
+        what = f"{seed.layers} layers of {seed.hidden_size}, to be trained on"
+        if isinstance(seed, ClipSeed):
+            return [("base", f"CLIP, {what} {len(job.seed_rows):,} labelled images")]
+        return [("base", f"Llama, {what} the pool")]
     base = job.base_headers
     size = sum(base.weights.nbytes(name) for name in base.weights)
     kind = base.config["model_type"]
@@ -112,8 +115,8 @@ def _plan_license(job: Job) -> list[tuple[str, str]]:
 
 
 def _plan_export(job: Job, target: str) -> list[tuple[str, str]]:
-    model_type = "llama"
-    if not isinstance(job.recipe.base_model, TrainedSeed):
+    model_type = "clip" if isinstance(job.recipe.base_model, ClipSeed) else "llama"
+    if isinstance(job.recipe.base_model, str):
         model_type = str(job.base_headers.config["model_type"])
     require_export(target, model_type, renormalises=job.recipe.merge.renormalise)
     return [("export", f"{target}, with gates fitted on the proxies")]

@@ -329,7 +329,7 @@ class Recipe(Spec):
 
     def _check_without_pool(self) -> None:
         """Raise ValueError for what needs a public pool, in a recipe that has none."""
-        if isinstance(self.base_model, TrainedSeed):
+        if isinstance(self.base_model, Seed):
             raise ValueError("base_model: a seed is trained on public_pool; give one, or name a base model")
         for expert in self.experts:
             if expert.client is not None or expert.proxies == "expert-gain":

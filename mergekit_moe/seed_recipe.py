@@ -28,7 +28,7 @@ class Seed(Training):
 
 
 class ClipSeed(Training):
-    """A small CLIP model, its tokenizer and its image processor, trained to find the names of labelled public images."""
+    """A small CLIP model, its tokenizer and image processor, trained to find the names of labelled public images."""
 
     kind: Literal["clip"]
     rows: list[DataSource] = Field(min_length=1)

@@ -4,7 +4,6 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mergekit_moe.image_recipe import check_content
 from mergekit_moe.spec import Spec, check_template
 
 InstalledText = Literal["library-source", "manual", "unicode-names", "licences"]
@@ -52,9 +51,28 @@ class DataSource(Spec):
     def _check(self) -> Self:
         if (self.dataset is None) == (self.installed is None):
             raise ValueError("give either 'dataset' or 'installed'")
-        check_content(self)
+        _check_content(self)
         if self.streaming and self.limit is None:
             raise ValueError("'streaming' needs a 'limit', the number of rows to read")
         for template in (self.text, self.prompt, self.completion, self.label):
             check_template(template or "")
         return self
+
+
+def _check_content(source: DataSource) -> None:
+    """Raise ValueError unless a source says once what its rows are: a text, a prompt and a completion, or an image."""
+    if source.image is not None:
+        for field in ("text", "prompt", "completion", "chunk"):
+            if getattr(source, field) is not None:
+                raise ValueError(f"'image' names the column that holds an image, and '{field}' is of text; drop one")
+        return
+    if source.text is None and source.completion is None:
+        raise ValueError(
+            "give 'text', or 'prompt' and 'completion', as templates such as '{text}'; or 'image', the column of images"
+        )
+    if source.text is not None and (source.prompt is not None or source.completion is not None):
+        raise ValueError("give either 'text' or 'prompt' and 'completion', not both")
+    if source.label is not None and source.text is None:
+        raise ValueError("'label' is what a 'text' is one of; drop it, or give 'text' instead of prompt and completion")
+    if source.chunk is not None and source.text is None:
+        raise ValueError("'chunk' splits plain text only; drop it, or use 'text'")

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mergekit_moe"
 GROUND = {
     *("errors", "image_recipe", "label_recipe", "privacy_recipe", "recipe", "recipe_file", "router_recipe"),
-    *("source_recipe", "spec", "task_recipe", "workspace"),
+    *("seed_recipe", "source_recipe", "spec", "task_recipe", "workspace"),
 }
 MATERIAL = {
     *("adapters", "architectures", "checkpoint", "data", "experts", "hub", "images", "installed_images"),
