@@ -89,7 +89,8 @@ def align_expert(
             extra.unlink()  # peft's own card; the expert's is written when it is published
         config = read_config(out, ADAPTER_CONFIG, f"expert '{name}'")
         # The same training must give the same bytes: PEFT writes a set in any order, and the base's folder.
-        lists = {key: sorted(config[key]) for key in ("target_modules", "exclude_modules") if config[key]}
+        keys = ("target_modules", "exclude_modules")
+        lists = {key: sorted(config[key]) for key in keys if isinstance(config[key], list)}
         write_json(out / ADAPTER_CONFIG, {**config, **lists, "base_model_name_or_path": None})
         write_json(out / "training_log.json", log)
         if plan is not None:

@@ -76,7 +76,7 @@ def write_expert_card(
         license=about["license"],
         rank=config["r"],
         alpha=config["lora_alpha"],
-        projections=sorted(config["target_modules"]),
+        projections=sorted(job.base_headers.architecture.projections),
         proxies=proxies,
         pool=_pools(job),
         silent_tokens=about["domain_free_token_ids"],

@@ -239,9 +239,10 @@ def _tokenize_whole(rows: "Dataset", tokenizer: Any, max_length: int, names: Seq
 def _read_images(rows: "Dataset", reader: ImageReader, names: Sequence[str]) -> "Dataset":
     number = {name: i for i, name in enumerate(names)}
     labels = [number.get(label, IGNORED) for label in rows["label"]]
-    unread = [name for name in _own_columns(rows) if name != "id"]
     # In memory, as rows of tokens are: they are few, and still a file's bytes each.
-    return reader.read(rows.remove_columns(unread).flatten_indices(keep_in_memory=True).add_column("labels", labels))
+    return reader.read(
+        rows.remove_columns(_own_columns(rows)).flatten_indices(keep_in_memory=True).add_column("labels", labels)
+    )
 
 
 def _own_columns(rows: "Dataset") -> list[str]:

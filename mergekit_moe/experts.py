@@ -242,9 +242,10 @@ def require_keepable(expert: Expert, what: str) -> None:
 def require_ffn_change(expert: Expert, base: Base) -> None:
     """Raise ExpertError for an expert that leaves every FFN as it was."""
     if not any(base.is_ffn(name) for name in expert.updates):
+        whose = "" if base.architecture.tower is None else " of the image tower"
         raise ExpertError(
-            f"expert '{expert.name}': it changes no FFN, which is what the experts of a MoE are; use merge.method "
-            "soup, or drop it"
+            f"expert '{expert.name}': it changes no FFN{whose}, which is what the experts of a MoE are; use "
+            "merge.method soup, or drop it"
         )
 
 
@@ -299,12 +300,15 @@ def _require_every_layer(config: dict[str, Any], updates: dict[str, Update], bas
     excluded = config.get("exclude_modules")
     if excluded not in (None, [], list(base.architecture.namesakes)):
         return
-    if not isinstance(targets, list) or any(part not in (None, []) for part in restricted):
+    if not isinstance(targets, list | str) or any(part not in (None, []) for part in restricted):
         return
     for block in base.blocks():
         for projection in base.architecture.projections:
             module = f"{block}.{projection}"
-            meant = any(module == target or module.endswith(f".{target}") for target in targets)
+            if isinstance(targets, str):
+                meant = targets == base.architecture.lora_targets["target_modules"]
+            else:
+                meant = any(module == target or module.endswith(f".{target}") for target in targets)
             if meant and f"{module}.weight" not in updates:
                 raise ExpertError(
                     f"{what}: {ADAPTER} lacks base_model.model.{module}.lora_A.weight, which its target_modules mean, "

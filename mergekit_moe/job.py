@@ -9,7 +9,7 @@ from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG
 from mergekit_moe.checkpoint import identity, license_of, stamp, weights_fingerprint
 from mergekit_moe.errors import ExpertError
 from mergekit_moe.experts import PROXIES, STATISTICS, Base, Expert, read_base, read_expert, read_proxies
-from mergekit_moe.image_recipe import SEED_EMBEDDER, embedder_of
+from mergekit_moe.image_recipe import SEED_EMBEDDER, embedder_of, is_of_images
 from mergekit_moe.recipe import ClipSeed, DataSource, ExpertSource, Recipe, Router, TrainedSeed
 from mergekit_moe.selection.embedding import choose_backend, load_embedder, resolve_embedder
 from mergekit_moe.workspace import Workspace, digest, file_sha256
@@ -93,7 +93,7 @@ class Job:
 
     @property
     def encodes(self) -> bool:
-        """Whether the base model is a text encoder."""
+        """Whether the base model is an encoder, of texts or of images."""
         if isinstance(self.recipe.base_model, TrainedSeed):
             return isinstance(self.recipe.base_model, ClipSeed)
         return self.base_headers.architecture.encoder
@@ -123,23 +123,34 @@ class Job:
 
     @functools.cached_property
     def embedder(self) -> hub.Resolved:
+        if self.embeds_itself:
+            return self.base
         return resolve_embedder(self.recipe.selection.embedder, self.data_dir, self.workspace.report)
 
     def embedder_identity(self) -> dict[str, Any]:
         """Return what the embeddings depend on besides the texts."""
-        version = self.embedder.revision or weights_fingerprint(self.embedder.folder, "selection.embedder")
         settings = self.recipe.selection
+        if self.embeds_itself:
+            return {"embedder": [SEED_EMBEDDER, self.base_identity], "dtype": settings.embedding_dtype}
+        version = self.embedder.revision or weights_fingerprint(self.embedder.folder, "selection.embedder")
         return {
-            "embedder": [settings.embedder, version, choose_backend(settings.embedder_backend)],
+            "embedder": [settings.embedder, version, self._embedder_backend],
             "max_length": settings.embedder_max_length,
             "dtype": settings.embedding_dtype,
         }
 
     @functools.cached_property
     def loaded_embedder(self) -> Any:
-        settings = self.recipe.selection
-        backend = choose_backend(settings.embedder_backend)
-        return load_embedder(self.embedder.folder, settings.embedder_max_length, backend)
+        if self.embeds_itself:
+            from mergekit_moe.selection.seed_tower import SeedTower
+
+            return SeedTower(self.base.folder)
+        length, images = self.recipe.selection.embedder_max_length, is_of_images(self.recipe)
+        return load_embedder(self.embedder.folder, length, self._embedder_backend, images=images)
+
+    @property
+    def _embedder_backend(self) -> str:
+        return "torch" if is_of_images(self.recipe) else choose_backend(self.recipe.selection.embedder_backend)
 
     @property
     def seed_sources(self) -> list[DataSource]:

@@ -1,4 +1,4 @@
-"""The parts of the recipe that are for text encoders: rows with labels, and how texts are matched with them."""
+"""The parts of the recipe that are for encoders: rows with labels, and how texts or images are matched with them."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Matching(Spec):
-    """How a text encoder says which label a text has: by the cosine to each label's name, which the seed embeds."""
+    """How an encoder says which label a text or image has: by the cosine to each name, which the seed embeds."""
 
     temperature: float = Field(0.05, gt=0)
     """Cosines are divided by it; of the loss that experts learn by, and of the probabilities that are judged."""
@@ -30,6 +30,6 @@ def check_labels(recipe: "Recipe") -> None:
                 f"expert '{expert.name}': it has rows without 'label', and others have one; give it to all, or to none"
             )
     if isinstance(recipe.base_model, Seed):
-        raise ValueError("base_model: a seed that is trained here is no text encoder, and 'label' needs one")
+        raise ValueError("base_model: a seed that is trained here is no encoder, and 'label' needs one")
     if recipe.comparison.strangers:
-        raise ValueError("comparison.strangers: text of no expert's domain has none of their labels; drop it")
+        raise ValueError("comparison.strangers: rows of no expert's domain have none of their labels; drop it")

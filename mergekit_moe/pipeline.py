@@ -56,7 +56,7 @@ def run(job: Job, only: str | None = None) -> None:
             plan(
                 job,
                 merging=merging,
-                base=only != "select" or bool(job.foreign),
+                base=only != "select" or bool(job.foreign) or job.embeds_itself,
                 carding=only in (None, "card") and job.recipe.merge.method == "moe",
             )
 

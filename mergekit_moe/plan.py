@@ -7,6 +7,7 @@ from mergekit_moe import cards
 from mergekit_moe.architectures import require_export
 from mergekit_moe.errors import DataError, ExpertError, MetaMoeError
 from mergekit_moe.experts import STATISTICS, Expert, require_ffn_change
+from mergekit_moe.image_recipe import is_of_images
 from mergekit_moe.job import POOL, Job
 from mergekit_moe.recipe import BY_PUBLISHED, ClipSeed, ExpertSource, TrainedSeed
 
@@ -85,26 +86,44 @@ def _plan_base(job: Job) -> list[tuple[str, str]]:
 
 
 def _require_fitting(job: Job) -> list[tuple[str, str]]:
-    """Raise DataError for what a text encoder, or a model that isn't one, can't do."""
+    """Raise DataError for what an encoder, or a model that isn't one, can't do."""
     recipe, encodes = job.recipe, job.encodes
     context = job.router.context
+    _require_readable(job)
     if encodes and context in ("prefix", "prompt"):
         raise DataError(f"router.context {context} is for models that read left to right; an encoder's is mean or none")
     if not encodes and context == "mean":
-        raise DataError("router.context mean is for text encoders: here it would show what comes; use prefix or prompt")
+        raise DataError("router.context mean is for encoders: here it would show what comes; use prefix or prompt")
     if not encodes and recipe.matches_labels:
-        raise DataError("base_model is no text encoder, and 'label' needs one; name one, or drop 'label'")
+        raise DataError("base_model is no encoder, and 'label' needs one; name one, or drop 'label'")
     if encodes and job.clients and not recipe.matches_labels:
         raise DataError(
-            f"expert '{job.clients[0].name}': base_model is a text encoder, which learns from rows with a label; give "
-            "'label' with 'text'"
+            f"expert '{job.clients[0].name}': base_model is an encoder, which learns from rows with a label; give "
+            "'label' with 'text' or 'image'"
         )
     if encodes and job.foreign:
         raise DataError(
-            f"expert '{job.foreign[0].name}': expert-gain asks how well a model reads a text, and base_model is a text "
+            f"expert '{job.foreign[0].name}': expert-gain asks how well a model reads a text, and base_model is an "
             "encoder; use an expert with published proxies"
         )
     return []
+
+
+def _require_readable(job: Job) -> None:
+    """Raise DataError unless the base model reads what the rows are."""
+    recipe, images = job.recipe, is_of_images(job.recipe)
+    if isinstance(recipe.base_model, Seed):
+        return
+    architecture, kind = job.base_headers.architecture, job.base_headers.config["model_type"]
+    if images and not architecture.images:
+        raise DataError(f"base_model is a {kind}, which reads text, and rows are images; name a CLIP model")
+    if architecture.images and not images and (recipe.pool_sources or recipe.matches_labels):
+        raise DataError(f"base_model is a {kind}, which reads images, and rows are text; give 'image', not 'text'")
+    if architecture.images and architecture.tower is None and recipe.pool_sources:
+        raise DataError(
+            f"base_model is a {kind}, which has no tower for the names of labels; name a CLIP model, or merge "
+            "published experts of it without a public_pool"
+        )
 
 
 def _plan_license(job: Job) -> list[tuple[str, str]]:
@@ -131,7 +150,8 @@ def _plan_pool(job: Job) -> list[tuple[str, str]]:
         )
     lines = [("public pool", f"{rows:,} rows")]
     if selecting:
-        lines.append(("proxies", f"{budget} an expert, {job.recipe.selection.method}, by {job.embedder.source}"))
+        embedder = "the base model's image tower" if job.embeds_itself else job.embedder.source
+        lines.append(("proxies", f"{budget} an expert, {job.recipe.selection.method}, by {embedder}"))
     return lines
 
 

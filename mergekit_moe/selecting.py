@@ -78,7 +78,7 @@ def _embed_client(job: Job, client: ExpertSource) -> dict[str, Any]:
     copies = None
     if settings.duplicate_cosine is not None:
         known = set(private)
-        copies = np.array([text in known for text in data.texts_of(job.pool)])
+        copies = np.array([text in known for text in data.Texts(job.pool)])
     held_out = job.rows(client)[1]
     judges = [] if held_out is None else sample_texts(data.texts_of(held_out), settings.private_samples, seed)
     prompts = client.client.prompts if client.client is not None else []
@@ -106,7 +106,7 @@ def _write_selection(job: Job, client: ExpertSource, chosen: "ProxySelection", h
     for warning in chosen.report["warnings"]:
         job.workspace.report(f"warning: expert '{client.name}': {warning}")
     if held_out is not None:
-        public = data.Texts(job.pool)
+        public = job.pool["id"] if data.has_images(job.pool) else data.Texts(job.pool)
         write_diagnostics(
             pool_vectors,
             chosen.rows,

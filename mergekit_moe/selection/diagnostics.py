@@ -97,7 +97,7 @@ def write_diagnostics(
     """Write diagnostics.json, curves.png, map.png and, where the DPP picked, gains.png to the folder `out`.
 
     Args:
-        texts: the pool's, N; the most and the least typical proxies are quoted.
+        texts: the pool's, N, or its images' ids; the most and the least typical proxies are quoted.
         gains_K: log gains of the picks.
         draw_private: True to show the held-out private texts on the map.
     """

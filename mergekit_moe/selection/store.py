@@ -25,13 +25,13 @@ _TEXTS_A_BLOCK = 2048
 """What a kill can cost, and what a process takes at a time."""
 _AT_ONCE = 65_536
 
-Compute = Callable[[list[str]], tuple[NDArray[np.floating], int]]
-"""Distinct texts -> (n, D) numbers, and how many of the texts were too long to be read whole."""
+Compute = Callable[[list[Any]], tuple[NDArray[np.floating], int]]
+"""Distinct texts, or image files' bytes -> (n, D) numbers, and how many of the texts were too long to be read whole."""
 
 
 def embed_pool(
     embedder: Any,
-    texts: Sequence[str],
+    texts: Sequence[Any],
     out: Path,
     *,
     dtype: str = "float32",
@@ -48,7 +48,7 @@ def embed_pool(
         SelectionError: if the embedder gives numbers that aren't finite.
     """
 
-    def compute(block: list[str]) -> tuple[NDArray[np.floating], int]:
+    def compute(block: list[Any]) -> tuple[NDArray[np.floating], int]:
         return embed(embedder, block).astype(dtype), too_long(embedder, block)
 
     fill(compute, texts, out, VECTORS, processes=processes, wait=wait)
@@ -56,7 +56,7 @@ def embed_pool(
 
 def fill(
     compute: Compute,
-    texts: Sequence[str],
+    texts: Sequence[Any],
     out: Path,
     name: str,
     *,
@@ -109,12 +109,13 @@ def repeated_rows(folder: Path) -> NDArray[np.bool_]:
     return first_N != np.arange(len(first_N))
 
 
-def _first_occurrences(texts: Sequence[str]) -> NDArray[np.int64]:
+def _first_occurrences(texts: Sequence[Any]) -> NDArray[np.int64]:
     """Return (N,) the first row with the same text, by 64 bits of its hash: 8 bytes a row, whatever the texts' size."""
     hashes_N = np.empty(len(texts), dtype=np.uint64)
     for at in range(0, len(texts), _AT_ONCE):
         for row, text in enumerate(texts[at : at + _AT_ONCE], start=at):
-            hashes_N[row] = int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest())
+            content = text if isinstance(text, bytes) else text.encode("utf-8", "replace")
+            hashes_N[row] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
     _, first, inverse = np.unique(hashes_N, return_index=True, return_inverse=True)
     return first[inverse].astype(np.int64)
 
@@ -130,7 +131,7 @@ def _block(out: Path, number: int) -> Path:
     return out / _BLOCKS / f"{number:06d}.safetensors"
 
 
-def _write_block(file: Path, compute: Compute, texts: list[str], rows: NDArray[np.int64]) -> None:
+def _write_block(file: Path, compute: Compute, texts: list[Any], rows: NDArray[np.int64]) -> None:
     from safetensors.numpy import save_file
 
     values, too_long = compute(texts)

@@ -87,6 +87,28 @@ def test_a_row_is_the_same_alone_and_in_any_batch(encoder: str) -> None:
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("encoder", VISION)
+def test_an_image_s_context_is_its_own_patches_and_not_the_batch_s(encoder: str) -> None:
+    """The code published with the paper takes the mean over the whole batch: there, neighbours change an image."""
+    moe, pictures = tiny_moe(encoder), inputs(encoder, 4)
+    own = {**pictures, "pixel_values": pictures["pixel_values"][:1]}
+    alone, together = (recorded_logits(moe, given)[:, :1] for given in (own, pictures))
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    with recorded_routers(moe) as calls, torch.no_grad():
+        moe(**pictures)
+        call, router = calls[0], routers_of(moe)[0]
+        scores = call.hidden @ router.weight.T + router.bias
+        published = torch.lerp(scores, scores.mean((0, 1), keepdim=True), router.context_logit.sigmoid())
+    assert (published[:1] - alone[0]).abs().max() > 1e-2
+
+
+def recorded_logits(moe: PreTrainedModel, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the routers' logits, (layers, B, T, K)."""
+    with recorded_routers(moe) as calls, torch.no_grad():
+        moe(**given)
+        return torch.stack([call.logits for call in calls])
+
+
 @pytest.mark.parametrize("encoder", TEXT)
 def test_padding_changes_nothing(encoder: str) -> None:
     moe, ids = tiny_moe(encoder), tokens()
