@@ -112,7 +112,7 @@ def _require_fitting(job: Job) -> list[tuple[str, str]]:
 def _require_readable(job: Job) -> None:
     """Raise DataError unless the base model reads what the rows are."""
     recipe, images = job.recipe, is_of_images(job.recipe)
-    if isinstance(recipe.base_model, Seed):
+    if isinstance(recipe.base_model, TrainedSeed):
         return
     architecture, kind = job.base_headers.architecture, job.base_headers.config["model_type"]
     if images and not architecture.images:
