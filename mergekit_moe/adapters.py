@@ -69,7 +69,7 @@ def updates_of_adapter(
     what: str,
     *,
     own_name: Callable[[str], str] = lambda name: name,
-    is_tied: Callable[[str], bool] = lambda name: False,
+    is_free: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Update]:
     """Return the base's tensors that an adapter changes, by name, and how.
 
@@ -79,7 +79,7 @@ def updates_of_adapter(
         base: the base model's weights.
         base_config: its config.json, or the part of it that names the sizes.
         own_name: gives what the base calls a tensor that the adapter may know by another name.
-        is_tied: tells a head that the base ties to its embedding, and so doesn't hold.
+        is_free: tells a head that needn't fit the base: one that it ties to its embedding, or over other labels.
 
     Raises:
         ExpertError: naming the tensor that is missing, of another size, or of no known meaning.
@@ -95,7 +95,7 @@ def updates_of_adapter(
         updates = _updates_of_module(path, keys, weights, config, what)
         found.update({own_name(name): update for name, update in updates.items()})
     for name, update in found.items():
-        if not is_tied(name):
+        if not is_free(name):
             _require_fit(name, update, base, base_config, what)
     return found
 

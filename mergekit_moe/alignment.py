@@ -39,8 +39,9 @@ def align_expert(
         name: the expert's name, for errors.
         privacy: with an `expert`, training is differentially private in each row.
         private_rows: how many of the rows are private; read for `privacy` alone.
-        names: an encoder's labels. Proxies have none: so that the expert learns the rows it is routed by, it learns
-            to say of them what the seed says (ours: the paper's public images have labels of their own).
+        names: an encoder's labels, its client's and the pool's. Public ones, which all clients know, keep experts that
+            are trained apart from taking each other's labels for their own. Of proxies without a label it learns to
+            say what the seed says, so as to know the rows that it is routed by.
         temperature: of the encoder's logits.
 
     Raises:

@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 from mergekit_moe.errors import ExpertError, ExportError
 
+CLASSIFIER = ("classifier.weight", "classifier.bias")
+"""Of an image classifier's head."""
+
 
 class Architecture(NamedTuple):
     """What the merger has to know of a family. The model code needs no entry of its own per family."""
@@ -30,7 +33,9 @@ class Architecture(NamedTuple):
     namesakes: tuple[str, ...] = ()
     """Modules outside the FFN whose names end as a projection's does, which an adapter has to leave out."""
     body: str = ""
-    """What stands before the names of the headless model's tensors in a checkpoint with a head; "" if none is read."""
+    """What stands before all tensors' names but the head's, in checkpoints with a head; "" if none is read."""
+    pooler: str | None = None
+    """Path of what the model has only without a head."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Pieces of tensors' names in checkpoints and adapters, and what the library's modules are called now."""
     autos: tuple[str, ...] = ()
@@ -46,10 +51,10 @@ class Architecture(NamedTuple):
         return config if self.tower is None else config.get(self.tower) or {}
 
     def current_name(self, name: str) -> str:
-        """Return what the library calls a tensor or module now, whatever version a file comes from."""
+        """Return what the library calls a tensor now, whatever version a file is of, with a head or without."""
         for old, new in self.renamed:
             name = name.replace(old, new)
-        return name
+        return name if name.startswith((self.body, *CLASSIFIER)) else self.body + name
 
     @property
     def lora_targets(self) -> dict[str, Any]:
@@ -127,10 +132,11 @@ ARCHITECTURES = {
         "ViT",
         ("fc1",),
         "fc2",
-        ffn="layers.{layer}.mlp",
+        ffn="vit.layers.{layer}.mlp",
         encoder=True,
         images=True,
         body="vit.",
+        pooler="vit.pooler",
         renamed=(
             ("encoder.layer.", "layers."),
             ("attention.query", "q_proj"),

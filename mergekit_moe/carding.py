@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _CARD = "README.md"
+_SIMILARITY = "sentence-similarity"
+_CLASSIFIES = "ForImageClassification"
 _CONTEXTS = {
     "prefix": "the running mean of its prefix",
     "prompt": "the mean of the prompt, which stays as it is for the completion",
@@ -64,7 +66,7 @@ def write_expert_card(
         relation="adapter",
         datasets=_pools_on_hub(job),
         tags=["lora", "mergekit_moe", "moe-expert"],
-        task=_task(job),
+        task=_task(job, classifies="labels" in about),
     )
     card = cards.render(
         "expert.md.j2",
@@ -114,12 +116,15 @@ def write_model_card(job: Job, out: Path) -> None:
 
     results = read_json(job.workspace.folder("evaluation") / tables.RESULTS) if job.evaluates else None
     model = job.workspace.folder(job.model)
+    task = _task(
+        job, classifies=read_config(model, "config.json", str(model))["architectures"][0].endswith(_CLASSIFIES)
+    )
     fitted = read_json(model / "router_training.json") if job.recipe.fits_routers else None
     report = read_json(model / REPORT)
     experts = job.experts()
     license = cards.require_license(job.recipe.card.license, job.licenses())
     metadata = cards.model_metadata(
-        library="sentence-transformers" if job.encodes else "transformers",
+        library="sentence-transformers" if task == _SIMILARITY else "transformers",
         license=license,
         base_models=_on_hub([job.base, *experts]),
         relation="merge",
@@ -128,13 +133,14 @@ def write_model_card(job: Job, out: Path) -> None:
         language=job.recipe.card.language,
         name=job.name,
         losses=tables.unified_metrics(results) if results else {},
-        task=_task(job),
+        task=task,
     )
     kept = {entry["name"]: entry["kept"] for entry in report["experts"]}
     card = cards.render(
         "model.md.j2",
         metadata=metadata,
         name=job.name,
+        task=task,
         encoder=job.encodes,
         base_model=job.base.public_name,
         base_revision=job.base.revision,
@@ -235,9 +241,20 @@ def _guarantee_of(expert: Expert) -> str:
     return guarantee_in_words(total) if isinstance(total, dict) and "guarantee" in total else "not stated"
 
 
-def _task(job: Job) -> str:
-    """Return the Hub's word for what the model is for."""
-    return "sentence-similarity" if job.encodes else "text-generation"
+def _task(job: Job, *, classifies: bool) -> str:
+    """Return the Hub's word, and transformers', for what the model is for.
+
+    Args:
+        classifies: whether it has a head over labels of images.
+    """
+    if not job.encodes:
+        return "text-generation"
+    architecture = job.base_headers.architecture
+    if not architecture.images:
+        return _SIMILARITY
+    if architecture.tower is not None:
+        return "zero-shot-image-classification"
+    return "image-classification" if classifies else "image-feature-extraction"
 
 
 def _on_hub(models: list[Any]) -> list[str]:

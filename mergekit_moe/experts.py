@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG, require_exact_lora, updates_of_adapter
-from mergekit_moe.architectures import Architecture, architecture_of
+from mergekit_moe.architectures import CLASSIFIER, Architecture, architecture_of
 from mergekit_moe.checkpoint import Header, license_of, pooling_of, read_config, shards_of
 from mergekit_moe.errors import ExpertError
 from mergekit_moe.hub import Resolved
+from mergekit_moe.structure import canonical, differing_fields
 from mergekit_moe.updates import Update
 from mergekit_moe.weights import Weights
 
@@ -19,17 +20,6 @@ ABOUT = "expert.json"
 
 # Fields that everything is counted by.
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-# Fields of a config.json that say what a model computes; those of a fine-tune must be its base's.
-_STRUCTURE = (
-    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "hidden_act"),
-    *("hidden_activation", "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
-    *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rotary_pct", "rms_norm_eps"),
-    *("layer_norm_eps", "norm_epsilon", "norm_eps", "attention_bias", "mlp_bias", "use_bias", "sliding_window"),
-    *("use_sliding_window", "max_window_layers", "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping"),
-    *("final_logit_softcapping", "embedding_multiplier", "logits_scaling", "residual_multiplier", "no_rope_layers"),
-    *("attention_multiplier", "use_parallel_residual", "qk_layernorm", "image_size", "patch_size", "num_channels"),
-    *("qkv_bias", "projection_dim"),
-)
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _IGNORED_TENSORS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "embeddings.position_ids")
 """Buffers that older checkpoints hold, and that every class computes for itself."""
@@ -55,24 +45,6 @@ class Base(NamedTuple):
     def layers(self) -> int:
         return self.sized["num_hidden_layers"]
 
-    @property
-    def body(self) -> str:
-        """What stands before the headless model's names: something where there is a head beside it."""
-        body = self.architecture.body
-        return body if any(name.startswith(body) for name in self.weights) else ""
-
-    @property
-    def head(self) -> str:
-        """What the native class is called after its prefix."""
-        architecture = self.architecture
-        native = str((self.config.get("architectures") or [""])[0]).removeprefix("MetaMoe")
-        return native.removeprefix(architecture.class_prefix) if self.body else architecture.head
-
-    @property
-    def ffn(self) -> str:
-        """Path of a layer's FFN; `{layer}` is its number."""
-        return self.body + self.architecture.ffn
-
     def is_tied(self, name: str) -> bool:
         """True for a head that is the embedding once more, whether it is stored or not."""
         return self.ties and name in _HEADS
@@ -81,15 +53,14 @@ class Base(NamedTuple):
     def ties(self) -> bool:
         return bool(self.config.get("tie_word_embeddings", self.architecture.tied))
 
-    def own_name(self, name: str) -> str:
-        """Return what the base calls a tensor that a file of an older library, or of another head, calls `name`."""
-        name = self.architecture.current_name(name)
-        bare = name.removeprefix(self.architecture.body)
-        return next((known for known in (bare, self.architecture.body + bare) if known in self.weights), name)
+    def is_of_head(self, name: str) -> bool:
+        """True for a tensor of a classifier's head, or of the pooler that a model has only without one."""
+        pooler = self.architecture.pooler
+        return name in CLASSIFIER or (pooler is not None and name.startswith(f"{pooler}."))
 
     def blocks(self) -> list[str]:
         """Return the path of every layer's FFN."""
-        return [self.ffn.format(layer=layer) for layer in range(self.layers)]
+        return [self.architecture.ffn.format(layer=layer) for layer in range(self.layers)]
 
     def ffn_weights(self) -> list[str]:
         """Return the name of every FFN matrix, layer by layer."""
@@ -97,7 +68,7 @@ class Base(NamedTuple):
 
     def is_ffn(self, name: str) -> bool:
         """True for a weight or bias of a layer's FFN."""
-        before, _, after = self.ffn.partition("{layer}")
+        before, _, after = self.architecture.ffn.partition("{layer}")
         layer, _, projection = name.removeprefix(before).rpartition(".")[0].partition(after + ".")
         return name.startswith(before) and layer.isdigit() and projection in self.architecture.projections
 
@@ -117,6 +88,10 @@ class Expert(NamedTuple):
     """Heads that it trained apart from the embedding, to which the base ties them: no merge can keep that."""
     about: dict[str, Any]
     """The folder's expert.json; empty for an expert that wasn't published by mergekit_moe."""
+    labels: tuple[str, ...] = ()
+    """Of an image classifier's own head, a row each."""
+    head: dict[str, Update] = {}
+    """That head's tensors."""
 
     @property
     def license(self) -> str | None:
@@ -176,7 +151,7 @@ def _with_sizes(config: dict[str, Any], architecture: Architecture, what: str) -
     """
     fields, tower = _SIZES[:3] if architecture.images else _SIZES, architecture.tower
     if tower is not None and not all(field in architecture.sized(config) for field in fields):
-        config = {**config, tower: _canonical(config, what)[tower]}  # a part is written without what is the default
+        config = {**config, tower: canonical(config, what)[tower]}  # a part is written without what is the default
     sized = architecture.sized(config)
     for field in fields:
         if not isinstance(sized.get(field), int) or sized[field] < 1:
@@ -220,10 +195,42 @@ def read_expert(
         raise ExpertError(
             f"{what}: {folder} has neither {ADAPTER_CONFIG}, of an adapter, nor config.json, of a whole model"
         )
-    read = _read_adapter(source, base, what, vouched) if is_adapter else _read_fine_tune(source, base, what)
+    labels = _labels_of(about, base, what)
+    if is_adapter:
+        read = _read_adapter(source, base, what, vouched, labels)
+    else:
+        read = _read_fine_tune(source, base, what, labels)
+    head = {name: read.pop(name) for name in CLASSIFIER if labels and name in read}
+    _require_head(head, labels, base, what)
     updates = {name: update for name, update in read.items() if name in base.weights}
     untied = tuple(name for name in read if name not in updates)
-    return Expert(name, folder, source.public_name, source.revision, is_adapter, updates, untied, about)
+    return Expert(name, folder, source.public_name, source.revision, is_adapter, updates, untied, about, labels, head)
+
+
+def _labels_of(about: dict[str, Any], base: Base, what: str) -> tuple[str, ...]:
+    """Return the labels of an expert's own head, as its expert.json names them; none where the family has no head.
+
+    Raises:
+        ExpertError: if they are no list of different names.
+    """
+    labels = about.get("labels", []) if base.architecture.body else []
+    named = isinstance(labels, list) and all(isinstance(label, str) and label for label in labels)
+    if not named or len(set(labels)) < len(labels):
+        raise ExpertError(f"{what}: {ABOUT} has labels = {labels!r}; it must be a list of different names")
+    return tuple(labels)
+
+
+def _require_head(head: dict[str, Update], labels: tuple[str, ...], base: Base, what: str) -> None:
+    """Raise ExpertError unless a head has a row for each label."""
+    sizes = {"classifier.weight": (len(labels), base.sized["hidden_size"]), "classifier.bias": (len(labels),)}
+    for name in sizes if labels else ():
+        whole = head[name].whole if name in head and head[name].lora_A is None else None
+        given = None if whole is None else head[name].weights.shape(whole)
+        if given != sizes[name]:
+            raise ExpertError(
+                f"{what}: its {len(labels)} labels need {name} of shape {list(sizes[name])}, and it has "
+                f"{'none' if given is None else list(given)}; save it whole (PEFT: modules_to_save)"
+            )
 
 
 def require_keepable(expert: Expert, what: str) -> None:
@@ -277,20 +284,42 @@ def _is_proxies(proxies: dict[str, Any]) -> bool:
     return all(isinstance(row, int) and 0 <= row < pool["rows"] for row in rows)
 
 
-def _read_adapter(source: Resolved, base: Base, what: str, same_base: bool) -> dict[str, Update]:
+def _read_adapter(
+    source: Resolved, base: Base, what: str, same_base: bool, labels: tuple[str, ...]
+) -> dict[str, Update]:
     config = read_config(source.folder, ADAPTER_CONFIG, what)
     require_exact_lora(config, what)
     if not same_base:
         _require_same_base(config, base.source, what)
     header: Header = source.header(ADAPTER, what)
     weights = Weights(source.folder, {ADAPTER: header}, what)
+    if not labels:
+        _require_known_head(weights, base, what)
     updates = updates_of_adapter(
-        weights, config, base.weights, base.sized, what, own_name=base.own_name, is_tied=base.is_tied
+        weights,
+        config,
+        base.weights,
+        base.sized,
+        what,
+        own_name=base.architecture.current_name,
+        is_free=lambda name: base.is_tied(name) or (bool(labels) and name in CLASSIFIER),
     )
     if not updates:
         raise ExpertError(f"{what}: {ADAPTER} lacks any LoRA matrix; publish a trained adapter, or drop the expert")
     _require_every_layer(config, updates, base, what)
     return updates
+
+
+def _require_known_head(weights: Weights, base: Base, what: str) -> None:
+    """Raise ExpertError for a head over other labels than the base's, where nothing says which."""
+    for key in weights:
+        if base.architecture.body and key.endswith(".classifier.weight"):
+            own = base.weights.shape(CLASSIFIER[0])[0] if CLASSIFIER[0] in base.weights else 0
+            if weights.shape(key)[0] != own:
+                raise ExpertError(
+                    f"{what}: it trained a head of {weights.shape(key)[0]} labels, the base has {own}, and nothing "
+                    f"says which they are; write their names in order as a list `labels` into its {ABOUT}"
+                )
 
 
 def _require_every_layer(config: dict[str, Any], updates: dict[str, Update], base: Base, what: str) -> None:
@@ -338,10 +367,10 @@ def _require_same_base(config: dict[str, Any], base: Resolved, what: str) -> Non
         )
 
 
-def _read_fine_tune(source: Resolved, base: Base, what: str) -> dict[str, Update]:
+def _read_fine_tune(source: Resolved, base: Base, what: str, labels: tuple[str, ...]) -> dict[str, Update]:
     config = read_config(source.folder, "config.json", what)
     _require_unquantised(config, what)
-    different = _differing_fields(config, base.config, what)
+    different = differing_fields(config, base.config, what)
     if different:
         raise ExpertError(
             f"{what}: its config.json differs from the base's: {', '.join(different)}; use a fine-tune of the recipe's "
@@ -352,53 +381,23 @@ def _read_fine_tune(source: Resolved, base: Base, what: str) -> dict[str, Update
     weights = Weights(
         source.folder, {shard: {named(name): header[name] for name in header} for shard, header in shards.items()}, what
     )
+    # A head of its own has other labels than the base's, and stands where the base may have a pooler instead.
+    own = [name for name in CLASSIFIER if labels and name in weights]
+    shared = [name for name in base.weights if not labels or not base.is_of_head(name)]
     for name in weights:
-        if name not in base.weights and not name.endswith(_IGNORED_TENSORS) and not base.is_tied(name):
+        known = name in base.weights or name in own or base.is_tied(name)
+        if not known and not name.endswith(_IGNORED_TENSORS):
             raise ExpertError(
                 f"{what}: it holds {name}, which the base doesn't have; use a fine-tune of the recipe's base"
             )
-    for name in base.weights:
+    for name in shared:
         if name not in weights:
             raise ExpertError(f"{what}: it lacks {name}, which the base has; save the whole model")
         if weights.shape(name) != base.weights.shape(name):
             raise ExpertError(
                 f"{what}: {name} has shape {list(weights.shape(name))}, the base's has {list(base.weights.shape(name))}"
             )
-    return {name: Update(weights, whole=name) for name in base.weights}
-
-
-def _differing_fields(config: dict[str, Any], base: dict[str, Any], what: str) -> list[str]:
-    """Return what two configs say differently of what a model computes, as "field mine against base's".
-
-    Versions of the library write the same thing in several ways, and leave out what is the default: configs that don't
-    agree to the letter are read by the library's own class, which is worth its import only then.
-    """
-    if _structure(config) == _structure(base):
-        return []
-    if config.get("model_type") == base.get("model_type"):
-        config, base = _canonical(config, what), _canonical(base, "base_model")
-    mine, right = _structure(config), _structure(base)
-    return [f"{field} {mine[field]!r} against {right[field]!r}" for field in right if mine[field] != right[field]]
-
-
-def _structure(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what a config says of what the model computes, each tower's part under that part's name."""
-    parts = {"": config, **{f"{part}.": config.get(part) or {} for part in ("vision_config", "text_config")}}
-    return {f"{part}{field}": values.get(field) for part, values in parts.items() for field in _STRUCTURE}
-
-
-def _canonical(config: dict[str, Any], what: str) -> dict[str, Any]:
-    """Return a config as the library's own class understands it, every default filled in."""
-    from transformers import AutoConfig
-
-    values = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
-    try:
-        read = AutoConfig.for_model(config["model_type"], **values).to_dict()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ExpertError(f"{what}: config.json can't be read: {' '.join(str(error).split())}") from None
-    if isinstance(read.get("rope_parameters"), dict):  # `type` is an older name of `rope_type`, kept beside it
-        read["rope_parameters"] = {key: value for key, value in read["rope_parameters"].items() if key != "type"}
-    return read
+    return {name: Update(weights, whole=name) for name in (*shared, *own)}
 
 
 def _require_unquantised(config: dict[str, Any], what: str) -> None:

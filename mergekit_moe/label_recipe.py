@@ -19,10 +19,11 @@ class Matching(Spec):
 
 
 def check_labels(recipe: "Recipe") -> None:
-    """Raise ValueError unless all experts' rows have labels, or none; other rows have none."""
-    if any(source.label is not None for source in recipe.pool_sources):
-        raise ValueError("public_pool: proxies are read without labels; drop 'label'")
+    """Raise ValueError unless all experts' rows have labels, or none; the pool's have some only where those have."""
     if not recipe.matches_labels:
+        rows = [source for expert in recipe.experts for source in expert.rows]
+        if rows and any(source.label is not None for source in recipe.pool_sources):
+            raise ValueError("public_pool: its 'label' is learnt beside those of clients, which have none; drop it")
         return
     for expert in recipe.experts:
         if any(source.label is None for source in expert.rows):

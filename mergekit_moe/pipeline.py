@@ -259,7 +259,7 @@ def align_client(job: Job, client: ExpertSource, out: Path) -> None:
         out=out,
         privacy=job.recipe.privacy_of(client),
         private_rows=len(private),
-        names=data.label_names(private),
+        names=data.label_names(private, job.pool),
         temperature=job.recipe.matching.temperature,
     )
 

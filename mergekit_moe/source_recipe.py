@@ -31,7 +31,8 @@ class DataSource(Spec):
     label: str | None = None
     """Template for what the text or image is one of, such as `{intent}` or `a photo of a {breed}`; underscores are
     shown as spaces, a class by its name. With `text` or `image` only, and for an encoder: it learns to put a text or
-    image nearest to the name of its label."""
+    image nearest to the name of its label. Where the pool's rows have labels, every expert learns to tell its own from
+    those, too; only the clients' own are what models are judged by."""
     image: str | None = None
     """Column that holds an image, in place of a text: a PNG or JPEG file's bytes, or as `datasets` keeps images."""
     chunk: int | None = Field(None, ge=50)

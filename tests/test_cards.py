@@ -64,6 +64,7 @@ FACTS: dict[str, dict[str, Any]] = {
             losses={"law": {"loss": 1.25, "perplexity": 3.49}},
         ),
         "name": "unified",
+        "task": "text-generation",
         "encoder": False,
         "base_model": "org/seed",
         "base_revision": SHA,
@@ -117,6 +118,23 @@ def test_a_card_says_what_it_said_when_somebody_read_it(name: str) -> None:
         snapshot.write_text(text, encoding="utf-8")
         pytest.fail(f"{snapshot.name} was not there and is written now; read it, and run again")
     assert text == snapshot.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("task", "loads"),
+    [
+        ("text-generation", "AutoModelForCausalLM.from_pretrained("),
+        ("sentence-similarity", "SentenceTransformer("),
+        ("zero-shot-image-classification", 'pipeline("zero-shot-image-classification", '),
+        ("image-classification", 'pipeline("image-classification", '),
+        ("image-feature-extraction", 'pipeline("image-feature-extraction", '),
+    ],
+)
+def test_a_model_s_card_loads_it_as_its_users_do(task: str, loads: str) -> None:
+    text = cards.render("model.md.j2", **{**FACTS["model"], "task": task})
+    code = text.partition("```python\n")[2].partition("```")[0]
+    compile(code, "card", "exec")
+    assert f'model = {loads}"path/to/this/folder", trust_remote_code=True)' in code
 
 
 def test_metadata_is_read_by_the_hub_s_own_classes() -> None:

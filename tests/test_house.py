@@ -14,7 +14,8 @@ GROUND = {
 }
 MATERIAL = {
     *("adapters", "architectures", "checkpoint", "data", "experts", "hub", "images", "installed_images"),
-    *("installed_text", "matching", "models", "privacy", "tasks", "templates", "training", "updates", "weights"),
+    *("installed_text", "matching", "models", "privacy", "structure", "tasks", "templates", "training", "updates"),
+    "weights",
 }
 STAGES = {"alignment", "cards", "evaluation", "export", "merging", "publication", "routing", "seed", "selection"}
 TOP = {

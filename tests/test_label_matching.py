@@ -345,10 +345,6 @@ LLAMA = {"vocab_size": 300, "hidden_size": 32, "layers": 1, "heads": 2}
         ({"router": {"context": "prompt"}}, "an encoder's is mean or none"),
         ({"base_model": LLAMA}, "'label' needs one"),
         ({"export": ["mixtral"]}, "no native format fits"),
-        (
-            {"public_pool": {"dataset": "pool.jsonl", "text": "{text}", "label": "{kind}"}},
-            "public_pool: proxies are read",
-        ),
         ({"comparison": {"strangers": {"far": {"dataset": "pool.jsonl", "text": "{text}"}}}}, "comparison.strangers"),
     ],
 )
@@ -390,9 +386,7 @@ def test_an_encoder_needs_labels_and_a_pooling_that_is_known(
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(recipe))
     code, _, error = command("check", tmp_path / "bad.yaml", "--workspace", tmp_path / "ws")
     assert code == 2
-    assert "expert 'cooking': base_model is a text encoder, which learns from rows with a label" in " ".join(
-        error.split()
-    )
+    assert "expert 'cooking': base_model is an encoder, which learns from rows with a label" in " ".join(error.split())
     pooling = tmp_path / "encoder" / "1_Pooling" / "config.json"
     pooling.write_text(json.dumps({"pooling_mode_max_tokens": True, "word_embedding_dimension": 32}))
     _, _, error = command("check", tmp_path / "bad.yaml", "--workspace", tmp_path / "ws")
@@ -413,7 +407,7 @@ def test_a_decoder_s_context_is_never_the_whole_text(
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(recipe))
     code, _, error = command("check", tmp_path / "bad.yaml", "--workspace", tmp_path / "ws")
     assert code == 2
-    assert "router.context mean is for text encoders" in " ".join(error.split())
+    assert "router.context mean is for encoders" in " ".join(error.split())
 
 
 def test_the_encoder_benchmark_is_a_recipe_with_labels() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mergekit_moe.experts import Base, Expert, require_keepable
+from mergekit_moe.merging.heads import joined_head
 from mergekit_moe.merging.output import copy_companions, in_type, typed_config, write_checkpoint
 from mergekit_moe.recipe import Merge
 from mergekit_moe.updates import wide
@@ -67,6 +68,7 @@ def merge_densely(base: Base, experts: list[Expert], merge: Merge, *, out: Path,
     """
     for expert in experts:
         require_keepable(expert, f"merge.method {merge.method}")
+    head = joined_head(experts)
     planned = [
         Planned(
             name,
@@ -75,11 +77,13 @@ def merge_densely(base: Base, experts: list[Expert], merge: Merge, *, out: Path,
             functools.partial(_merged, name, base, experts, merge, seed),
         )
         for name in base.weights
+        if head is None or not base.is_of_head(name)
     ]
+    planned += head.tensors if head is not None else []
     digests = write_checkpoint(out, [[in_type(tensor, merge.dtype) for tensor in planned]])
-    write_json(
-        out / "config.json", typed_config({k: v for k, v in base.config.items() if k != "auto_map"}, merge.dtype)
-    )
+    config = {key: value for key, value in base.config.items() if key != "auto_map"}
+    config |= head.config(base.architecture.class_prefix) if head is not None else {}
+    write_json(out / "config.json", typed_config(config, merge.dtype))
     copy_companions(base, out)
     return digests
 

@@ -38,7 +38,7 @@ def arrow(base: Base, expert: Expert | None, name: str, layer: int, seed: int) -
     It is the first right singular vector of what the expert changed in the FFN's input maps, one above the other. Its
     sign means nothing, so that the router has to take absolute scores. An anchor changes nothing: its row is zero.
     """
-    block = base.ffn.format(layer=layer)
+    block = base.architecture.ffn.format(layer=layer)
     updates: list[tuple[str, Update]] = []
     for projection in base.architecture.inputs if expert is not None else ():
         weight = f"{block}.{projection}.weight"

@@ -194,6 +194,10 @@ def _changed(unified: Unified, experts: list[Any], entries: list[Any], *, top_k:
 
 
 def _require_unmixed(unified: Unified, what: str) -> None:
+    if any(expert.get("labels") for expert in unified.report["experts"]):
+        raise ExpertError(
+            f"{what}: the head of {unified.folder} joins the labels of all its experts; merge again from the recipe"
+        )
     if unified.merge.other_weights == "average":
         raise ExpertError(
             f"{what}: outside the FFNs, {unified.folder} holds the mean over its experts (merge.other_weights: "

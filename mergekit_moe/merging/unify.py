@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_moe.architectures import CLASSIFIER
 from mergekit_moe.checkpoint import REPORT
 from mergekit_moe.experts import Base, Expert
 from mergekit_moe.merging.compression import Spool
 from mergekit_moe.merging.ffn_experts import FfnExpert, plan_expert
 from mergekit_moe.merging.gates import GATES
+from mergekit_moe.merging.heads import Head, joined_head
 from mergekit_moe.merging.other_weights import Difference, find_differences, planned_other, tell_differences
 from mergekit_moe.merging.output import copy_companions, in_type, one_thread, typed_config, write_checkpoint
 from mergekit_moe.recipe import ANCHOR, Merge, Router
@@ -54,6 +56,7 @@ def merge_experts(
     with one_thread():
         differences = find_differences(base, experts)
     tell_differences(experts, differences, merge.other_weights, tell)
+    head = joined_head(experts)
     spool = Spool(out)
     members = [
         plan_expert(expert, number, base, merge.compress, spool, seed=seed, tell=tell)
@@ -63,13 +66,14 @@ def merge_experts(
         tell(f"expert '{member.entry['name']}': {member.form}")
     if merge.anchor:
         members.append(FfnExpert({"name": ANCHOR, "scale": 1.0, "ranks": {}}, []))
-    config = moe_config(base, experts, members, merge, router)
+    config = moe_config(base, experts, members, merge, router, head)
     shares = shares_ffn(config)
     kept = [
         planned_other(name, base, experts, merge.other_weights)
         for name in base.weights
-        if shares or not base.is_ffn(name)
+        if (shares or not base.is_ffn(name)) and (head is None or not base.is_of_head(name))
     ]
+    kept += head.tensors if head is not None else []
     sections = [kept, [tensor for member in members for tensor in member.tensors]]
     sections = [[in_type(tensor, merge.dtype) for tensor in section] for section in sections]
     sections.append(planned_routers(base, [*experts, *([None] if merge.anchor else [])], router, seed))
@@ -83,14 +87,17 @@ def merge_experts(
 
 
 def moe_config(
-    base: Base, experts: list[Expert], members: list[FfnExpert], merge: Merge, router: Router
+    base: Base, experts: list[Expert], members: list[FfnExpert], merge: Merge, router: Router, joined: Head | None
 ) -> dict[str, Any]:
-    """Return the config.json of the unified model: the base's own, plus experts and router."""
-    prefix, head = base.architecture.class_prefix, base.head
+    """Return the config.json of the unified model: the base's own, plus experts, router and their common head."""
+    prefix, head = base.architecture.class_prefix, base.architecture.head
+    if joined is not None or CLASSIFIER[0] in base.weights:
+        head = "ForImageClassification"
     autos = ("AutoModel", f"AutoModel{head.removeprefix('Model')}", *base.architecture.autos)
     excluded = sorted({token for expert in experts for token in expert.about.get("domain_free_token_ids", [])})
     config = {
         **base.config,
+        **(joined.config(prefix) if joined is not None else {}),
         "model_type": f"metamoe_{base.config['model_type']}",
         "architectures": [f"MetaMoe{prefix}{head}"],
         "auto_map": {
@@ -170,6 +177,7 @@ def report_on_expert(expert: Expert, member: FfnExpert, differences: list[Differ
         "revision": expert.revision,
         "license": expert.license,
         "published_as": expert.kind,
+        **({"labels": list(expert.labels)} if expert.labels else {}),
         "kept": member.form,
         "svd_errors": member.errors,
         "other_weights": [difference._asdict() for difference in differences],

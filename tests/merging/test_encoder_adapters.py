@@ -25,6 +25,7 @@ from transformers import CLIPImageProcessorPil, PreTrainedModel, ViTImageProcess
 from mergekit_moe.architectures import ARCHITECTURES
 from mergekit_moe.errors import ExpertError
 from mergekit_moe.members import add_expert, drop_expert, inspect_model
+from mergekit_moe.merging.baselines import merge_densely
 from mergekit_moe.merging.unify import merge_experts
 from mergekit_moe.models import load_network, recorded_ffn_inputs, recorded_routers
 from mergekit_moe.recipe import Merge, Router
@@ -184,12 +185,95 @@ def test_a_vit_checkpoint_and_its_adapters_are_read_by_old_names_and_new(tmp_pat
         assert torch.equal(given[name].apply(own.read(name)), expected[name].apply(own.read(name)))
 
 
-def test_an_adapter_of_a_classifier_fits_its_seed_without_a_head(tmp_path: Path) -> None:
-    base = saved_base("ViTModel", tmp_path / "base")
-    classifier = transformers.ViTForImageClassification.from_pretrained(base)
-    classifier.save_pretrained(tmp_path / "classifier")
-    adapter = write_adapter("ViTForImageClassification", tmp_path / "classifier", tmp_path / "a", 1)
-    assert "layers.0.mlp.fc1.weight" in read(base, adapter).updates
+def with_labels(folder: Path, *labels: str) -> Path:
+    (folder / "expert.json").write_text(json.dumps({"labels": labels}))
+    return folder
+
+
+def classifiers(folder: Path, native: str) -> tuple[Path, dict[str, tuple[str, ...]]]:
+    """Write a ViT seed, with a head of its own or without, and adapters with heads over their own labels."""
+    base = saved_base(native, folder / "base")
+    labels = {"pets": ("cat", "dog", "bird"), "farm": ("cow", "dog")}
+    for seed, (name, own) in enumerate(labels.items(), 1):
+        seeded = transformers.ViTForImageClassification.from_pretrained(
+            base, num_labels=len(own), ignore_mismatched_sizes=True
+        )
+        seeded.save_pretrained(folder / f"{name}-seed")
+        head = {"modules_to_save": ["classifier"]}
+        write_adapter("ViTForImageClassification", folder / f"{name}-seed", folder / name, seed, **head)
+        with_labels(folder / name, *own)
+    return base, labels
+
+
+@pytest.mark.parametrize("native", ["ViTModel", "ViTForImageClassification"])
+def test_heads_are_joined_label_by_label(tmp_path: Path, native: str) -> None:
+    """In the order of the experts; what two of them know is the mean of both."""
+    base, labels = classifiers(tmp_path, native)
+    moe = merge(base, [read(base, tmp_path / name, name) for name in labels], tmp_path / "moe")
+    model = loaded(moe)
+    assert list(model.config.id2label.values()) == ["cat", "dog", "bird", "cow"]
+    rows = {name: load_file(tmp_path / name / "adapter_model.safetensors") for name in labels}
+    pets, farm = (rows[name]["base_model.model.classifier.weight"].double() for name in labels)
+    expected = torch.stack([pets[0], (pets[1] + farm[1]) / 2, pets[2], farm[0]])
+    torch.testing.assert_close(model.classifier.weight.data, expected, atol=1e-7, rtol=0)
+    for expert, (name, places) in enumerate({"pets": [0, 2], "farm": [0]}.items()):
+        alone = answer(merged_by_peft("ViTForImageClassification", tmp_path / f"{name}-seed", tmp_path / name))
+        given = answer(model, forced_expert=torch.tensor([expert, expert]))
+        columns = [list(model.config.id2label.values()).index(labels[name][place]) for place in places]
+        torch.testing.assert_close(given[:, columns], alone[:, places], atol=1e-6, rtol=0)
+    with pytest.raises(ExpertError, match=r"the head of .* joins the labels of all its experts; merge again"):
+        drop_expert(moe, "pets", tmp_path / "dropped")
+
+
+def test_a_soup_of_classifiers_answers_all_labels(tmp_path: Path) -> None:
+    base, labels = classifiers(tmp_path, "ViTModel")
+    (tmp_path / "soup").mkdir()
+    experts = [read(base, tmp_path / name, name) for name in labels]
+    merge_densely(base_of(base), experts, Merge(method="soup"), out=tmp_path / "soup")
+    model, report = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path / "soup", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert list(model.config.id2label.values()) == ["cat", "dog", "bird", "cow"]
+    mean = (load_file(base / "model.safetensors")["encoder.layer.0.intermediate.dense.weight"]).double()
+    for expert in experts:
+        mean += expert.updates["vit.layers.0.mlp.fc1.weight"].difference(torch.zeros_like(mean)) / 2
+    torch.testing.assert_close(model.vit.layers[0].mlp.fc1.weight.data.double(), mean, atol=1e-6, rtol=0)
+
+
+def test_a_fine_tuned_classifier_brings_its_head(tmp_path: Path) -> None:
+    base, _ = classifiers(tmp_path, "ViTModel")
+    tuned = transformers.ViTForImageClassification.from_pretrained(base, num_labels=2)
+    randomise(tuned, 5)
+    tuned.save_pretrained(tmp_path / "tuned")
+    with_labels(tmp_path / "tuned", "rose", "tulip")
+    experts = [read(base, tmp_path / name, name) for name in ("pets", "tuned")]
+    model = loaded(merge(base, experts, tmp_path / "moe", other_weights="base"))
+    assert torch.equal(model.classifier.weight.data[3:], tuned.classifier.weight.data.double())
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, r"it trained a head of 3 labels, the base has 2, and nothing says which they are"),
+        (["cat", "dog"], r"its 2 labels need classifier.weight of shape \[2, 32\], and it has \[3, 32\]"),
+        (["cat", "cat", "dog"], r"expert.json has labels = \['cat', 'cat', 'dog'\]; it must be a list of different"),
+        ("cat", r"expert.json has labels = 'cat'; it must be a list of different names"),
+    ],
+)
+def test_a_head_whose_labels_are_not_told_is_refused(tmp_path: Path, labels: Any, message: str) -> None:
+    base, _ = classifiers(tmp_path, "ViTForImageClassification")
+    (tmp_path / "pets" / "expert.json").write_text(json.dumps({} if labels is None else {"labels": labels}))
+    with pytest.raises(ExpertError, match=message):
+        read(base, tmp_path / "pets", "pets")
+
+
+def test_experts_with_a_head_and_without_do_not_mix(tmp_path: Path) -> None:
+    base, _ = classifiers(tmp_path, "ViTModel")
+    plain = write_adapter("ViTModel", base, tmp_path / "plain", 3)
+    with pytest.raises(ExpertError, match="expert 'plain': it has no head of its own, and 'pets' has one"):
+        merge(base, [read(base, tmp_path / "pets", "pets"), read(base, plain, "plain")], tmp_path / "moe")
 
 
 def test_a_fine_tune_of_either_tower_of_clip_is_told_apart(tmp_path: Path) -> None:
