@@ -5,13 +5,21 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from killing import Killed, kill_at
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel, pipeline
 
 from mergekit_moe.data import load_rows
+from mergekit_moe.errors import WorkspaceError
+from mergekit_moe.experts import read_proxies
+from mergekit_moe.job import Job
+from mergekit_moe.pipeline import run
+from mergekit_moe.plan import plan
 from mergekit_moe.recipe import ClipSeed, DataSource
+from mergekit_moe.recipe_file import load_recipe
 from mergekit_moe.seed import train_clip_seed
+from mergekit_moe.workspace import Workspace
 
 SOURCE = DataSource(installed="digits", image="image", label="{name}", where={"group": ["0", "1", "4"]})
 TINY = {"hidden_size": 32, "intermediate_size": 32, "layers": 1, "text_layers": 1, "heads": 2, "vocab_size": 300}
@@ -92,3 +100,30 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(
 def test_what_makes_no_seed_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClipSeed.model_validate({"kind": "clip", "rows": [SOURCE.model_dump()], **changes})
+
+
+def digits_of(*groups: str, split: str | list[str] = "train", label: str = "{name}") -> dict[str, Any]:
+    return {"installed": "digits", "image": "image", "label": label, "where": {"group": list(groups), "split": split}}
+
+
+def test_a_seed_that_embeds_the_pool_is_trained_before_it(tmp_path: Path) -> None:
+    experts = [
+        {"name": name, "client": {"private": digits_of(*groups), "test": digits_of(*groups, split="test")}}
+        for name, groups in {"few": "01", "many": "23"}.items()
+    ]
+    public = [digits_of("7", "8", split=["train", "test"])]
+    recipe = {
+        "base_model": {"kind": "clip", "rows": public, **TINY, "max_steps": 2},
+        "public_pool": public,
+        "experts": experts,
+        "selection": {"budget": 10},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    job = Job(load_recipe(tmp_path / "r.yaml"), "r", Workspace(tmp_path / "runs"))
+    assert ("base", "CLIP, 1 layers of 32, to be trained on 353 labelled images") in plan(job)
+    with pytest.raises(WorkspaceError, match="run `metamoe seed` on this recipe first"):
+        run(job, "select")
+    run(job, "seed")
+    assert (tmp_path / "runs" / "seed" / "README.md").read_text().count("installed:digits") == 1
+    run(job, "select")
+    assert len(read_proxies(tmp_path / "runs" / "proxies" / "few", "few")["rows"]) == 10
