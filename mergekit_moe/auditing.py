@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_moe import data, protecting, selecting
 from mergekit_moe.errors import PrivacyError, WorkspaceError
 from mergekit_moe.experts import STATISTICS, read_proxies
+from mergekit_moe.image_recipe import is_of_images
 from mergekit_moe.job import Job
 from mergekit_moe.pipeline import COMMANDS, align_client, publish_client, steps
 from mergekit_moe.plan import plan
@@ -47,10 +48,12 @@ def audit(job: Job) -> dict[str, Any]:
 
     Raises:
         WorkspaceError: if a client's folder hasn't been published yet, or is out of date.
-        PrivacyError: if the recipe has no client.
+        PrivacyError: if the recipe has no client, or its rows are images.
     """
     if not job.clients:
         raise PrivacyError("this recipe has no client, and an audit needs private rows; give an expert a 'client'")
+    if is_of_images(job.recipe):
+        raise PrivacyError("metamoe audit plants made-up texts among a client's, and here rows are images: it can't")
     plan(job, merging=False)
     _require_published(job)
     report: dict[str, Any] = {}

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _CARD = "README.md"
+_TEXTS, _PICTURES = "proxies.jsonl", "proxies.parquet"
 _SIMILARITY = "sentence-similarity"
 _CLASSIFIES = "ForImageClassification"
 _CONTEXTS = {
     "prefix": "the running mean of its prefix",
     "prompt": "the mean of the prompt, which stays as it is for the completion",
-    "mean": "the mean over the whole text",
+    "mean": "the mean over the whole input",
     "none": "no context",
 }
 _STARTS = {
@@ -92,20 +93,30 @@ def write_expert_card(
 
 def write_proxy_set(job: Job, client: ExpertSource, rows: "Dataset", out: Path) -> None:
     """Write a client's proxies as a data set of its own to the folder `out`, with its card: public rows alone."""
-    rows.select_columns(["id", "prompt", "completion"]).to_json(out / "proxies.jsonl", force_ascii=False)
+    images = data.has_images(rows)
+    if images:
+        rows.select_columns(["id", *(["label"] if any(rows["label"]) else []), data.IMAGE]).to_parquet(out / _PICTURES)
+    else:
+        rows.select_columns(["id", "prompt", "completion"]).to_json(out / _TEXTS, force_ascii=False)
     licenses = {
         data.describe(source, job.data_dir, POOL): source.license or "unknown" for source in job.recipe.pool_sources
     }
     license = cards.common_license(None, licenses)
     card = cards.render(
         "proxies.md.j2",
-        metadata=cards.dataset_metadata(license=license or "unknown", rows=len(rows), sources=_pools_on_hub(job)),
+        metadata=cards.dataset_metadata(
+            license=license or "unknown",
+            rows=len(rows),
+            sources=_pools_on_hub(job),
+            file=_PICTURES if images else _TEXTS,
+        ),
+        images=images,
         name=client.name,
         rows=len(rows),
         pool=licenses,
         pool_rows=len(job.pool),
         selection=job.recipe.selection,
-        embedder=cards.placeless(job.recipe.selection.embedder),
+        embedder=None if job.embeds_itself else cards.placeless(job.recipe.selection.embedder),
     )
     (out / _CARD).write_text(card, encoding="utf-8")
 

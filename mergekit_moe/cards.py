@@ -90,11 +90,12 @@ def model_metadata(
     ).to_yaml()
 
 
-def dataset_metadata(*, license: str, rows: int, sources: list[str]) -> str:
+def dataset_metadata(*, license: str, rows: int, sources: list[str], file: str) -> str:
     """Return a data set card's metadata, in YAML.
 
     Args:
         sources: Hub ids of the data sets that the rows come from.
+        file: holds the rows.
     """
     from huggingface_hub import DatasetCardData
 
@@ -105,7 +106,7 @@ def dataset_metadata(*, license: str, rows: int, sources: list[str]) -> str:
         size_categories=[size],
         source_datasets=sources or None,
         tags=["mergekit_moe", "proxies"],
-        configs=[{"config_name": "default", "data_files": "proxies.jsonl"}],
+        configs=[{"config_name": "default", "data_files": file}],
     ).to_yaml()
 
 

@@ -36,6 +36,7 @@ _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "seed model": (("config.json", "model.safetensors", MANIFEST), _CHECKPOINT),
     "proxy set": (("proxies.jsonl", _CARD), (MANIFEST,)),
+    "proxy set of images": (("proxies.parquet", _CARD), (MANIFEST,)),
 }
 """What may be pushed -> the files by which it is known, and the others that it may have."""
 _PRIVATE_INPUTS = {"private", "held_out", "embeddings", "gains"}
@@ -65,7 +66,7 @@ class _Upload(NamedTuple):
     @property
     def repo_type(self) -> str:
         """In the Hub's words."""
-        return "dataset" if self.kind == "proxy set" else "model"
+        return "dataset" if self.kind.startswith("proxy set") else "model"
 
     def head(self) -> str:
         """Return the sha of the repository's head."""

@@ -25,6 +25,7 @@ _PUBLIC = 3
 """Random seed of the pictures that the seed model learns from."""
 
 
+@torch.enable_grad()
 def clip_folder(folder: Path) -> Path:
     """A CLIP that has learnt to tell places, and no colours; its tokenizer and its image processor."""
     words = ["<pad>", "<s>", "</s>", "<unk>", "a", *COLOURS, *PLACES]

@@ -43,13 +43,14 @@ FACTS: dict[str, dict[str, Any]] = {
         "caveats": ["Each time that a folder is published, its mechanisms are spent again."],
     },
     "proxies": {
-        "metadata": cards.dataset_metadata(license="unknown", rows=500, sources=["org/pool"]),
+        "metadata": cards.dataset_metadata(license="unknown", rows=500, sources=["org/pool"], file="proxies.jsonl"),
         "name": "law",
         "rows": 500,
         "pool": {f"org/pool@{SHA}": "cc-by-4.0", "wiki.jsonl": "unknown"},
         "pool_rows": 20000,
         "selection": Selection(),
         "embedder": "sentence-transformers/all-MiniLM-L6-v2",
+        "images": False,
     },
     "model": {
         "metadata": cards.model_metadata(

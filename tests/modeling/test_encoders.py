@@ -1,6 +1,7 @@
 """Encoders: the same exact experts, and a router that sees its own row whole and no other."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ def test_the_task_loss_reaches_routers_with_and_without_checkpointing(encoder: s
 
 
 @pytest.mark.parametrize("head", [name for name in HEADS if name not in ("Model", "ForCausalLM")])
-def test_every_native_head_stands_on_our_encoder(encoder: str, head: str, tmp_path: object) -> None:
+def test_every_native_head_stands_on_our_encoder(encoder: str, head: str, tmp_path: Path) -> None:
     if not hasattr(transformers, f"{encoder}{head}"):
         with pytest.raises(ValueError, match=f"no {encoder}{head}"):
             model_class(encoder, head)
@@ -157,6 +158,8 @@ def test_every_native_head_stands_on_our_encoder(encoder: str, head: str, tmp_pa
     report = model.base_model.load_state_dict(body.state_dict(), strict=False)
     assert not any(".experts." in name or ".router." in name for name in (*report[0], *report[1]))
     model.save_pretrained(tmp_path)
+    assert model.config.auto_map[HEADS[head]] == f"modeling_metamoe.{type(model).__name__}"
+    assert (tmp_path / "modeling_metamoe.py").is_file()
     loaded, report = getattr(transformers, HEADS[head]).from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
