@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG
-from mergekit_moe.architectures import architecture_of
+from mergekit_moe.architectures import architecture_of, classifies
 from mergekit_moe.checkpoint import read_config
 from mergekit_moe.data import leading_tokens, tokenize
 from mergekit_moe.errors import DataError, PrivacyError
@@ -59,10 +59,13 @@ def align_expert(
         raise DataError(
             f"expert '{name}': no row has a token to learn within alignment.max_length {settings.max_length}"
         )
-    architecture = architecture_of(read_config(base, "config.json", "base_model"), "base_model")
+    config = read_config(base, "config.json", "base_model")
+    architecture = architecture_of(config, "base_model")
     set_seed(seed)
-    labels = load_labels(base, names or [], temperature)
-    network = load_network(base)
+    # An image classifier learns a head of its own; others have the seed's embedding of each name.
+    head = len(names or []) if classifies(config) else 0
+    labels = None if head else load_labels(base, names or [], temperature)
+    network = load_network(base, head)
     tokens = add_teacher(as_used(network, base), tokens)
     adapted = get_peft_model(
         network,
@@ -71,6 +74,7 @@ def align_expert(
             r=settings.rank,
             lora_alpha=settings.alpha,
             lora_dropout=settings.dropout,
+            modules_to_save=["classifier"] if head else None,
             **architecture.lora_targets,
         ),
     )
@@ -88,11 +92,11 @@ def align_expert(
         adapted.save_pretrained(out)
         for extra in set(out.iterdir()) - {out / ADAPTER, out / ADAPTER_CONFIG}:
             extra.unlink()  # peft's own card; the expert's is written when it is published
-        config = read_config(out, ADAPTER_CONFIG, f"expert '{name}'")
+        adapter = read_config(out, ADAPTER_CONFIG, f"expert '{name}'")
         # The same training must give the same bytes: PEFT writes a set in any order, and the base's folder.
         keys = ("target_modules", "exclude_modules")
-        lists = {key: sorted(config[key]) for key in keys if isinstance(config[key], list)}
-        write_json(out / ADAPTER_CONFIG, {**config, **lists, "base_model_name_or_path": None})
+        lists = {key: sorted(adapter[key]) for key in keys if isinstance(adapter[key], list)}
+        write_json(out / ADAPTER_CONFIG, {**adapter, **lists, "base_model_name_or_path": None})
         write_json(out / "training_log.json", log)
         if plan is not None:
             write_json(out / MECHANISM, plan._asdict())

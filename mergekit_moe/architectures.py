@@ -179,6 +179,12 @@ def reads_images(config: dict[str, Any]) -> bool:
     return architecture is not None and architecture.images
 
 
+def classifies(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of a model of images that knows labels by a head alone, and by no name."""
+    architecture = _architecture_within(config)
+    return architecture is not None and architecture.images and architecture.tower is None
+
+
 def _architecture_within(config: dict[str, Any]) -> Architecture | None:
     return ARCHITECTURES.get(str(config.get("model_type")).removeprefix("metamoe_"))
 

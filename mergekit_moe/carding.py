@@ -74,6 +74,7 @@ def write_expert_card(
         metadata=metadata,
         name=client.name,
         encoder=job.encodes,
+        labels=len(about.get("labels", [])),
         base_model=job.base.public_name,
         base_revision=job.base.revision,
         license=about["license"],

@@ -15,9 +15,11 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REPORT = "merge.json"
 """In a merged model: what it was made from, and what became of it."""
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+"""Either says how an image becomes numbers."""
 _COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja", "generation_config.json"),
-    *("preprocessor_config.json", "processor_config.json"),  # how an image becomes numbers
+    *PROCESSORS,
     # How sentence-transformers makes one vector of a text.
     *("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json"),
 )

@@ -142,11 +142,11 @@ def _picked(experts: Job, selecting: Job, source: ExpertSource) -> list[int]:
 def _measure(experts: Job, judged: Job, name: str, method: Method, picked: dict[str, list[int]], out: Path) -> None:
     """Write what a method makes of each domain to the folder `out`."""
     from mergekit_moe.evaluation.scoring import Predict, by_model, measure, tokenized
-    from mergekit_moe.models import load_labels, load_model, load_reader
+    from mergekit_moe.models import load_model, load_reader
 
     settings, reader = judged.recipe.evaluation, load_reader(judged.base.folder)
-    domains = tokenized(_domains(judged), reader, settings, judged.label_names)
-    labels = load_labels(judged.base.folder, judged.label_names, judged.recipe.matching.temperature)
+    labels = pipeline.labels_of(experts if judged.classifies else judged)
+    domains = tokenized(_domains(judged), reader, settings, labels.names if labels is not None else [])
     strangers = tokenized(_strangers(judged), reader, settings)
     if method.changes is None:
         predict, models = _unmerged(experts, name, labels)

@@ -179,7 +179,7 @@ class Texts(Sequence[Any]):
     def __getitem__(self, index: slice) -> list[Any]: ...
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, int):
-            return texts_of(self.rows.select([index]))[0]
+            return self[index : index + 1][0]
         return texts_of(self.rows.select(range(*index.indices(len(self)))))
 
 

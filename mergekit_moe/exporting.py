@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_moe import cards, data
+from mergekit_moe.architectures import reads_images
 from mergekit_moe.checkpoint import license_of, read_config
 from mergekit_moe.errors import DataError, ExportError
 from mergekit_moe.export import observe, read_source, report_on, trained_gates, write_export
@@ -70,7 +71,10 @@ def proxies_from_file(path: Path, folder: Path, max_length: int = 512) -> "Datas
     """
     from datasets import concatenate_datasets
 
-    experts = read_config(folder, "config.json", "export").get("experts")
+    config = read_config(folder, "config.json", "export")
+    experts = config.get("experts")
+    if reads_images(config):
+        raise ExportError(f"{folder} reads images, and --proxies are rows of text; fit its routers by a recipe")
     if not experts or not (folder / "tokenizer_config.json").is_file():
         raise ExportError(f"{folder} has no experts in its config, or no tokenizer; give the folder of a unified model")
     source = DataSource(dataset=str(path.absolute()), text="{text}", tag="expert")

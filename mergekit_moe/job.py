@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_moe import data, hub
 from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG
+from mergekit_moe.architectures import classifies
 from mergekit_moe.checkpoint import identity, license_of, stamp, weights_fingerprint
 from mergekit_moe.errors import ExpertError
 from mergekit_moe.experts import PROXIES, STATISTICS, Base, Expert, read_base, read_expert, read_proxies
@@ -97,6 +98,11 @@ class Job:
         if isinstance(self.recipe.base_model, TrainedSeed):
             return isinstance(self.recipe.base_model, ClipSeed)
         return self.base_headers.architecture.encoder
+
+    @property
+    def classifies(self) -> bool:
+        """Whether each expert has a head over its own labels, rather than names to compare with."""
+        return not isinstance(self.recipe.base_model, Seed) and classifies(self.base_headers.config)
 
     @property
     def router(self) -> Router:

@@ -17,11 +17,12 @@ from transformers import (
 )
 
 from mergekit_moe.adapters import ADAPTER_CONFIG
-from mergekit_moe.architectures import is_encoder, reads_images
+from mergekit_moe.architectures import classifies, is_encoder, reads_images
 from mergekit_moe.checkpoint import pooling_of, read_config
 from mergekit_moe.data import IGNORED, batches
+from mergekit_moe.experts import ABOUT
 from mergekit_moe.images import ImageReader
-from mergekit_moe.matching import PROJECTED, LabelMatcher, Labels, embed_labels
+from mergekit_moe.matching import CLASSIFIED, PROJECTED, LabelMatcher, Labels, body_of, embed_labels
 from mergekit_moe.modeling.routing_metamoe import ContextRouter, Routing, prompt_tokens
 from mergekit_moe.workspace import process_state
 
@@ -43,12 +44,21 @@ class RouterCall(NamedTuple):
     """The router's context: over which tokens it takes the mean."""
 
 
-def load_network(folder: Path) -> PreTrainedModel:
+def load_network(folder: Path, head: int = 0) -> PreTrainedModel:
     """Return a folder's own model on this process's device, in the dtype that it is stored in.
 
     A causal language model, an image classifier, or an encoder without a head. Never runs a checkpoint's own code.
+
+    Args:
+        head: of an image classifier: give it a new head over so many labels, whatever it had.
     """
     config = read_config(folder, "config.json", str(folder))
+    if head:
+        given = {"num_labels": head, "ignore_mismatched_sizes": True}
+        network = AutoModelForImageClassification.from_pretrained(
+            folder, dtype="auto", trust_remote_code=False, **given
+        )
+        return network.to(process_state().device)
     auto = AutoModel if is_encoder(config) else AutoModelForCausalLM
     if str(config.get("architectures")).endswith("ForImageClassification']"):
         auto = AutoModelForImageClassification
@@ -66,8 +76,13 @@ def as_used(network: Any, folder: Path, labels: Labels | None = None) -> Any:
     config = network.config.to_dict()
     if not is_encoder(config):
         return network
-    pooling = PROJECTED if reads_images(config) else pooling_of(folder, str(folder))
-    return LabelMatcher(network, pooling, labels)
+    return LabelMatcher(network, _pooling(config, folder), labels)
+
+
+def _pooling(config: dict[str, Any], folder: Path) -> str:
+    if classifies(config):
+        return CLASSIFIED
+    return PROJECTED if reads_images(config) else pooling_of(folder, str(folder))
 
 
 def network_of(model: Any) -> Any:
@@ -75,9 +90,12 @@ def network_of(model: Any) -> Any:
     return model.encoder if isinstance(model, LabelMatcher) else model
 
 
-def body_of(network: Any) -> Any:
-    """Return the part of a transformers model whose layers can take experts: of two towers the images'."""
-    return getattr(network, "vision_model", network)
+def shared_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """Return by name the parameters that a base has in common with all of its experts: of classifiers no head."""
+    if not isinstance(model, LabelMatcher) or model.pooling != CLASSIFIED:
+        return dict(model.named_parameters())
+    named = body_of(model.encoder).named_parameters()
+    return {name: parameter for name, parameter in named if not name.startswith("pooler.")}
 
 
 def load_model(folder: Path, labels: Labels | None = None) -> Any:
@@ -89,9 +107,15 @@ def load_expert(base: Path, expert: Path, labels: Labels | None = None) -> Any:
     """Return an expert as a plain model, by PEFT and transformers alone: the base with its adapter, or a fine-tune."""
     if not (expert / ADAPTER_CONFIG).is_file():
         return as_used(load_network(expert), base, labels)
+    return as_used(load_adapted(base, expert).merge_and_unload(), base, labels)
+
+
+def load_adapted(base: Path, expert: Path) -> Any:
+    """Return the base with an expert's adapter, by PEFT; of an image classifier with the expert's own head."""
     from peft import PeftModel
 
-    return as_used(PeftModel.from_pretrained(load_network(base), str(expert)).merge_and_unload(), base, labels)
+    about = read_config(expert, ABOUT, str(expert)) if (expert / ABOUT).is_file() else {}
+    return PeftModel.from_pretrained(load_network(base, len(about.get("labels", []))), str(expert))
 
 
 def load_labels(base: Path, names: list[str], temperature: float) -> Labels | None:

@@ -22,6 +22,8 @@ from mergekit_moe.workspace import digest, is_main_process, read_json
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from mergekit_moe.matching import Labels
+
 COMMANDS = ("select", "seed", "align", "publish", "merge", "train-router", "evaluate", "card", "export")
 
 
@@ -259,7 +261,8 @@ def align_client(job: Job, client: ExpertSource, out: Path) -> None:
         out=out,
         privacy=job.recipe.privacy_of(client),
         private_rows=len(private),
-        names=data.label_names(private, job.pool),
+        # A head's rows are published: those of public labels would be in every expert's.
+        names=data.label_names(private, *([] if job.classifies else [job.pool])),
         temperature=job.recipe.matching.temperature,
     )
 
@@ -271,7 +274,7 @@ def publish_client(job: Job, client: ExpertSource, out: Path) -> None:
     from mergekit_moe.publication import publish_expert
 
     reader = load_reader(job.base.folder)
-    about = {
+    about: dict[str, Any] = {
         "name": client.name,
         "base_model": job.base.public_name,
         "base_revision": job.base.revision,
@@ -279,6 +282,7 @@ def publish_client(job: Job, client: ExpertSource, out: Path) -> None:
         "license": client.license or job.base_license,
         "domain_free_token_ids": domain_free_tokens(reader, job.recipe.alignment),
     }
+    about |= {"labels": data.label_names(job.private_rows(client))} if job.classifies else {}
     proxies = read_proxies(job.workspace.folder(f"proxies/{client.name}"), client.name)
     publish_expert(
         job.workspace.folder(f"aligned/{client.name}"),
@@ -411,10 +415,30 @@ def _evaluate(job: Job, out: Path) -> None:
         domains,
         job.recipe.evaluation,
         proxy_shares=selecting.proxy_shares(job),
-        names=job.label_names,
-        temperature=job.recipe.matching.temperature,
+        labels=labels_of(job),
         out=out,
     )
+
+
+def labels_of(job: Job) -> "Labels | None":
+    """Return what rows are told apart by: the labels of all experts, by name or by the rows of their heads.
+
+    Raises:
+        DataError: if a held-out row has a label that no expert's head knows.
+        ExpertError: if some experts have a head and others don't.
+    """
+    from mergekit_moe.matching import Labels
+    from mergekit_moe.merging.heads import joined_head
+    from mergekit_moe.models import load_labels
+
+    if not job.classifies or not job.label_names:
+        return load_labels(job.base.folder, job.label_names, job.recipe.matching.temperature)
+    head = joined_head(job.experts())
+    unknown = sorted(set(job.label_names) - set(head.labels if head is not None else ()))
+    if head is None or unknown:
+        raise DataError(f"held-out rows have the label '{unknown[0]}', which no expert's head knows; leave them out")
+    weight, bias = (planned.make().float() for planned in head.tensors)
+    return Labels(list(head.labels), weight, 1.0, bias)
 
 
 def _proxy_shares(job: Job) -> dict[str, dict[str, float]]:

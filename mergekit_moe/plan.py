@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from mergekit_moe import cards
 from mergekit_moe.architectures import require_export
+from mergekit_moe.checkpoint import PROCESSORS
 from mergekit_moe.errors import DataError, ExpertError, MetaMoeError
 from mergekit_moe.experts import STATISTICS, Expert, require_ffn_change
 from mergekit_moe.image_recipe import is_of_images
@@ -119,10 +120,16 @@ def _require_readable(job: Job) -> None:
         raise DataError(f"base_model is a {kind}, which reads text, and rows are images; name a CLIP model")
     if architecture.images and not images and (recipe.pool_sources or recipe.matches_labels):
         raise DataError(f"base_model is a {kind}, which reads images, and rows are text; give 'image', not 'text'")
-    if architecture.images and architecture.tower is None and recipe.pool_sources:
+    folder = job.base_headers.source.folder
+    if images and not any((folder / name).is_file() for name in PROCESSORS):
         raise DataError(
-            f"base_model is a {kind}, which has no tower for the names of labels; name a CLIP model, or merge "
-            "published experts of it without a public_pool"
+            f"base_model: {folder.name} has no {PROCESSORS[0]}, which says how an image becomes numbers; save its "
+            "image processor beside it"
+        )
+    if job.classifies and recipe.selection.relevance == "prompts":
+        raise DataError(
+            f"selection.relevance prompts is of sentences, and base_model is a {kind}, which reads none; "
+            "use classifier or centroid"
         )
 
 

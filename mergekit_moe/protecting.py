@@ -85,6 +85,7 @@ def ledger_of(job: Job, client: ExpertSource, out: Path) -> dict[str, Any]:
         proxies_depend=proxies_depend(job.recipe),
         expert_on_proxies=job.recipe.alignment.proxies,
         private_statistics=privacy.statistics.private,
+        labelled=job.classifies,
     )
     write_ledger(out, ledger)
     return ledger

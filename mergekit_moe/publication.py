@@ -59,19 +59,18 @@ def write_statistics(expert: Path, base: Path, proxy_tokens: "Dataset", silent_t
     their mean).
     """
     import torch
-    from peft import PeftModel
     from safetensors.torch import save_file
 
     from mergekit_moe.models import (
         adapter_silent_on,
         as_used,
         counted_tokens,
-        load_network,
+        load_adapted,
         recorded_ffn_inputs,
         scored_inputs,
     )
 
-    model = as_used(PeftModel.from_pretrained(load_network(base), str(expert)), base).eval()
+    model = as_used(load_adapted(base, expert), base).eval()
     sums: dict[str, Tensor] = {}
     with torch.no_grad(), adapter_silent_on(model, silent_tokens):
         for batch in batches(proxy_tokens, _BATCH, model.device):

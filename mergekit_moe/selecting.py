@@ -13,6 +13,8 @@ from mergekit_moe.workspace import read_json, wait_for_everyone, write_json
 if TYPE_CHECKING:
     from mergekit_moe.selection.proxies import ProxySelection
 
+_AT_ONCE = 4096
+"""Pool rows that are compared with private ones at a time."""
 SELECTION = "selection.json"
 """A client's own report on its proxies; it stays with the client."""
 
@@ -78,7 +80,9 @@ def _embed_client(job: Job, client: ExpertSource) -> dict[str, Any]:
     copies = None
     if settings.duplicate_cosine is not None:
         known = set(private)
-        copies = np.array([text in known for text in data.Texts(job.pool)])
+        public = data.Texts(job.pool)
+        parts = (public[at : at + _AT_ONCE] for at in range(0, len(public), _AT_ONCE))
+        copies = np.array([text in known for part in parts for text in part])
     held_out = job.rows(client)[1]
     judges = [] if held_out is None else sample_texts(data.texts_of(held_out), settings.private_samples, seed)
     prompts = client.client.prompts if client.client is not None else []

@@ -28,6 +28,7 @@ FACTS: dict[str, dict[str, Any]] = {
         "base_model": "org/seed",
         "base_revision": SHA,
         "license": "apache-2.0",
+        "labels": 0,
         "rank": 16,
         "alpha": 32,
         "projections": ["down_proj", "gate_proj", "up_proj"],

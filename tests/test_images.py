@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,21 +15,34 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import WITHOUT_PACKAGE, write_jsonl
+from conftest import WITHOUT_PACKAGE, randomise, write_jsonl
 from image_tools import LABELS, PLACES, TEMPERATURE, clip_folder, drawn, image_recipe, opened, pictures, write_recipe
+from peft import LoraConfig, get_peft_model
 from PIL import Image as Picture
 from safetensors.torch import load_file
 from test_pipeline import metamoe
 from torch.nn import functional
-from transformers import AutoProcessor, CLIPModel
+from transformers import AutoProcessor, BertConfig, BertModel, CLIPModel
 
+from mergekit_moe.architectures import architecture_of
 from mergekit_moe.data import IGNORED, batches, fingerprint, load_rows, split_held_out, texts_of, tokenize
 from mergekit_moe.errors import DataError
 from mergekit_moe.images import decode
-from mergekit_moe.models import add_teacher, load_expert, load_labels, load_model, load_network, load_reader, routers_of
+from mergekit_moe.models import (
+    add_teacher,
+    as_used,
+    load_expert,
+    load_labels,
+    load_model,
+    load_network,
+    load_reader,
+    routers_of,
+)
+from mergekit_moe.privacy.accounting import Mechanism
+from mergekit_moe.privacy.training import train_privately
 from mergekit_moe.pushing import files_to_push
-from mergekit_moe.recipe import DataSource
-from mergekit_moe.selection.embedding import embed
+from mergekit_moe.recipe import DataSource, Training
+from mergekit_moe.selection.embedding import embed, load_embedder
 from mergekit_moe.selection.seed_tower import SeedTower
 from mergekit_moe.selection.store import load_embeddings
 
@@ -206,6 +220,20 @@ def test_methods_are_compared_on_images(
         assert found["ours"][place]["accuracy"] >= seed["accuracy"]
 
 
+def test_what_is_for_texts_alone_says_so(
+    finished: tuple[Path, Path], tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    folder, workspace = finished
+    code, _, error = command("audit", folder / "tiny.yaml", "--workspace", workspace)
+    assert (code, "here rows are images" in " ".join(error.split())) == (2, True)
+    proxies = write_jsonl(tmp_path / "proxies.jsonl", [{"text": "a day", "expert": "day"}])
+    expert = workspace / "experts" / "day"
+    new = ("--name", "dusk", "--out", tmp_path / "out", "--proxies", proxies)
+    code, _, error = command("add-expert", workspace / "model", expert, *new)
+    assert (code, "reads images, and --proxies are rows of text" in " ".join(error.split())) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["night", "day", "fog"])
 def test_images_are_read_from_features_bytes_and_folders(kind: str, finished: tuple[Path, Path]) -> None:
     """All keep the file's own bytes, and nothing of where they lay; a class is shown by its name."""
@@ -305,6 +333,55 @@ def test_proxies_without_a_label_are_taught_by_the_seed(tmp_path: Path) -> None:
     assert divergence[0] > 1e-2, "the two models say different things"
 
 
+def test_a_clip_style_model_of_sentence_transformers_embeds_as_the_seed_s_own_tower(tmp_path: Path) -> None:
+    folder = clip_folder(tmp_path / "clip")
+    shown: list[Any] = [row["picture"] for row in pictures("fog", 5, 6)]
+    for given in (shown, ["a fog", "a day"]):
+        theirs = embed(load_embedder(folder, None, images=True), given)
+        np.testing.assert_allclose(embed(SeedTower(folder), given), theirs, atol=1e-6)
+
+
+def test_dp_sgd_clips_the_gradient_of_each_image_by_itself(tmp_path: Path) -> None:
+    """Opacus against autograd: one step of plain AdamW, no noise."""
+    base = clip_folder(tmp_path / "clip")
+    datasets.Dataset.from_list(pictures("day", 6, 1)).to_parquet(tmp_path / "day.parquet")
+    source = DataSource(dataset="day.parquet", image="picture", label="a {colour} day")
+    names = ["a blue day", "a green day", "a red day"]  # and yellow ones are taught by the seed
+    rows = add_teacher(load_model(base), tokenize(load_rows([source], tmp_path, "x"), load_reader(base), 1, names))
+    known = {"clip": 0.1, "rows_with_proxies": 6}
+    plan = Mechanism(
+        "expert", "test", 0.0, 1e-6, 0.0, sampling_probability=1.0, steps=1, noise_to_signal=0.0, parameters=known
+    )
+    settings = Training(max_steps=1, batch_size=2, learning_rate=1e-2, scheduler="constant")
+    trained, reference = (adapted(base, names) for _ in range(2))
+    train_privately(trained, rows, settings, plan, name="day")
+    expected = [p for p in reference.parameters() if p.requires_grad]
+    total = [torch.zeros_like(p) for p in expected]
+    for batch in batches(rows, 1, "cpu"):
+        gradients = torch.autograd.grad(reference(**batch).loss, expected)
+        length = float(torch.cat([g.flatten() for g in gradients]).norm())
+        for kept, gradient in zip(total, gradients, strict=True):
+            kept += gradient * min(1.0, known["clip"] / length) / len(rows)
+    optimizer = torch.optim.AdamW(expected, lr=1e-2, weight_decay=0.0)
+    for parameter, gradient in zip(expected, total, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    for parameter, wanted, gradient in zip(
+        [p for p in trained.parameters() if p.requires_grad], expected, total, strict=True
+    ):
+        large = gradient.abs() > 1e-5  # Adam's first step is a sign: rounding decides where there is no gradient
+        torch.testing.assert_close(parameter[large], wanted[large], atol=2e-5, rtol=0)
+
+
+def adapted(base: Path, names: list[str]) -> Any:
+    """Return a matcher of the base with a random adapter on the image tower that trains."""
+    torch.manual_seed(1)
+    targets = architecture_of({"model_type": "clip"}, "base").lora_targets
+    network = get_peft_model(load_network(base), LoraConfig(task_type="FEATURE_EXTRACTION", r=2, **targets))
+    randomise(network)
+    return as_used(network, base, load_labels(base, names, TEMPERATURE))
+
+
 def test_sentences_describe_a_domain_of_images(tmp_path: Path) -> None:
     """`relevance: prompts` goes by the text tower: a picture of a place lies nearest to that place's sentence."""
     tower = SeedTower(clip_folder(tmp_path / "clip"))
@@ -322,7 +399,8 @@ TEXTS = {"dataset": "pool.jsonl", "text": "{text}"}
     [
         ({"public_pool": TEXTS}, "public_pool: its rows are text, and others are images"),
         ({"base_model": "bert"}, "base_model is a bert, which reads text, and rows are images; name a CLIP model"),
-        ({"base_model": "vit"}, "base_model is a vit, which has no tower for the names of labels"),
+        ({"base_model": "vit", "selection": {"budget": 5, "relevance": "prompts"}}, "give client.prompts"),
+        ({"base_model": "bare"}, "base_model: bare has no preprocessor_config.json"),
         ({"router": {"start": "cheap-embed"}}, "images have none"),
         ({"router": {"context": "prompt"}}, "an encoder's is mean or none"),
         ({"selection": {"budget": 5, "embedder_backend": "openvino"}}, "openvino is for texts"),
@@ -349,12 +427,12 @@ def test_what_does_not_go_with_images_is_one_sentence(
 
 
 def write_bases(folder: Path) -> None:
-    from transformers import BertConfig, BertModel, ViTConfig, ViTModel
-
+    """Write a BERT, and a CLIP without its image processor."""
+    if (folder / "bert").is_dir():
+        return
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    if not (folder / "vit").is_dir():
-        BertModel(BertConfig(vocab_size=30, **sizes)).save_pretrained(folder / "bert")
-        ViTModel(ViTConfig(image_size=16, patch_size=4, **sizes)).save_pretrained(folder / "vit")
+    BertModel(BertConfig(vocab_size=30, **sizes)).save_pretrained(folder / "bert")
+    shutil.copytree(folder / "clip", folder / "bare", ignore=shutil.ignore_patterns("preprocessor*"))
 
 
 @pytest.mark.parametrize(

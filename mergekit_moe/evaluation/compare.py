@@ -10,7 +10,7 @@ from mergekit_moe.evaluation.judging import judge
 from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
 from mergekit_moe.evaluation.scoring import Domain, by_model, score, tokenized
 from mergekit_moe.evaluation.tables import RESULTS
-from mergekit_moe.models import load_expert, load_labels, load_model, load_reader, recorded_routers, scored_inputs
+from mergekit_moe.models import load_expert, load_model, load_reader, recorded_routers, scored_inputs, shared_parameters
 from mergekit_moe.recipe import Evaluation
 from mergekit_moe.workspace import write_json
 
@@ -30,8 +30,7 @@ def evaluate_models(
     settings: Evaluation,
     *,
     proxy_shares: dict[str, dict[str, float]],
-    names: list[str] | None = None,
-    temperature: float = 1.0,
+    labels: "Labels | None" = None,
     out: Path,
 ) -> None:
     """Write results.json to the folder `out`: the seed, each expert alone, the soup and the unified model.
@@ -40,11 +39,9 @@ def evaluate_models(
         experts: expert's name -> its published folder; each runs as PEFT or transformers would run it.
         unified: the unified model's folder.
         proxy_shares: how often each client's proxies carry its true tag, kept with the results.
-        names: labels of all domains together, for an encoder; a domain is never judged by its own labels alone.
-        temperature: of the encoder's logits.
+        labels: those of all domains together, for an encoder; a domain is never judged by its own labels alone.
     """
-    domains = tokenized(domains, load_reader(base), settings, names or [])
-    labels = load_labels(base, names or [], temperature)
+    domains = tokenized(domains, load_reader(base), settings, labels.names if labels is not None else [])
     losses = {SEED: _losses(load_model(base, labels), domains, settings)}
     losses.update(_expert_losses(base, experts, domains, settings, labels))
     model = load_model(unified, labels).eval()
@@ -95,15 +92,16 @@ def _expert_losses(
 ) -> dict[str, dict[str, Any]]:
     """Each expert alone, and the soup: the plain average of all their weights."""
     soup = load_model(base, labels)
-    means = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in soup.parameters()]
+    averaged = shared_parameters(soup)
+    means = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in averaged.items()}
     results = {}
     for name, folder in experts.items():
         model = load_expert(base, folder, labels)
         results[name] = _losses(model, domains, settings)
-        for mean, parameter in zip(means, model.parameters(), strict=True):
-            mean.add_(parameter, alpha=1.0 / len(experts))
-    for parameter, mean in zip(soup.parameters(), means, strict=True):
-        parameter.copy_(mean)
+        for name, parameter in shared_parameters(model).items():
+            means[name].add_(parameter, alpha=1.0 / len(experts))
+    for name, parameter in averaged.items():
+        parameter.copy_(means[name])
     return {**results, SOUP: _losses(soup, domains, settings)}
 
 

@@ -35,6 +35,9 @@ _HOLDS = {
     LEDGER: ("this ledger", "the number of private rows, where a mechanism is on; the rest is from the recipe"),
 }
 
+_LABELLED = ("name, base model, licence, labels", "which labels the rows have; the rest is from the recipe")
+"""Of an image classifier's ABOUT."""
+
 
 def build_ledger(
     files: list[str],
@@ -44,6 +47,7 @@ def build_ledger(
     proxies_depend: bool,
     expert_on_proxies: bool,
     private_statistics: bool,
+    labelled: bool = False,
 ) -> dict[str, Any]:
     """Return the ledger of a published folder.
 
@@ -54,6 +58,7 @@ def build_ledger(
         proxies_depend: whether the choice of proxies depends on private rows.
         expert_on_proxies: whether the expert learnt its proxies, too.
         private_statistics: whether the statistics are over private rows, not over what the expert makes of its proxies.
+        labelled: whether the expert has a head of its own, the names of whose labels it tells.
 
     Raises:
         PrivacyError: if there is a file that the ledger knows nothing of.
@@ -61,12 +66,24 @@ def build_ledger(
     proxies = {"relevance"} if proxies_depend else set[str]()
     expert = {"expert"} | (proxies if expert_on_proxies else set())
     statistics = {"statistics"} if private_statistics else expert | proxies
-    through = {ADAPTER: expert, PROXIES: proxies, STATISTICS: statistics, MANIFEST: expert | proxies | statistics}
+    named = {"labels"} if labelled else set[str]()
+    through = {
+        ABOUT: named,
+        ADAPTER: expert | named,
+        PROXIES: proxies,
+        STATISTICS: statistics,
+        MANIFEST: expert | proxies | statistics | named,
+    }
     if unknown := sorted(set(files) - _HOLDS.keys()):
         raise PrivacyError(
             f"{', '.join(unknown)}: not in the privacy ledger; say there what it holds and can tell, or leave it out"
         )
-    artifacts = [_artifact(file, through.get(file, set()), spent, delta) for file in files]
+    holds = _HOLDS | ({ABOUT: _LABELLED} if labelled else {})
+    artifacts = [
+        {"file": file, "holds": holds[file][0], "can_reveal": holds[file][1]}
+        | _guarantee(through.get(file, set()), spent, delta)
+        for file in files
+    ]
     return {
         "version": 1,
         "unit": UNIT,
@@ -81,11 +98,6 @@ def build_ledger(
 def write_ledger(out: Path, ledger: dict[str, Any]) -> None:
     """Write the ledger beside the files that it lists."""
     write_json(out / LEDGER, ledger)
-
-
-def _artifact(file: str, through: set[str], spent: dict[str, Mechanism], delta: float) -> dict[str, Any]:
-    holds, reveals = _HOLDS[file]
-    return {"file": file, "holds": holds, "can_reveal": reveals, **_guarantee(through, spent, delta)}
 
 
 def _guarantee(through: set[str], spent: dict[str, Mechanism], delta: float) -> dict[str, Any]:

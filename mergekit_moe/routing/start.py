@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mergekit_moe.errors import DataError
-from mergekit_moe.models import body_of, load_network
+from mergekit_moe.matching import body_of
+from mergekit_moe.models import load_network
 from mergekit_moe.router_recipe import Router
 from mergekit_moe.routing import seed_rows
 from mergekit_moe.routing.statistics import RoutingStatistics, gather_statistics, read_statistics

@@ -18,20 +18,20 @@ _BATCH = 32
 
 
 class SeedTower:
-    """Embeds images, and sentences that describe them, into the space that a base model's two towers share."""
+    """Embeds images; by a model of two towers sentences that describe them, too, into the space that they share."""
 
     max_seq_length = None
 
     def __init__(self, folder: Path) -> None:
         self.model = load_model(folder).eval()
         self.reader = ImageReader(folder)
-        self.tokenizer = load_tokenizer(folder)
+        self.folder = folder
 
     @torch.no_grad()
     def encode(self, given: Sequence[Any], **_: Any) -> "NDArray[np.float32]":
         """Return (N, D) unit rows of images of Pillow, or of texts."""
         if isinstance(given[0], str):
-            return embed_texts(self.model, self.tokenizer, list(given)).cpu().numpy()
+            return embed_texts(self.model, load_tokenizer(self.folder), list(given)).cpu().numpy()
         parts = []
         for at in range(0, len(given), _BATCH):
             pixels = torch.from_numpy(self.reader.pixels(list(given[at : at + _BATCH])))
