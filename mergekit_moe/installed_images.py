@@ -59,14 +59,18 @@ def digits() -> Iterator[Row]:
 
 
 def glyphs() -> Iterator[Row]:
-    """Yield letters, digits and symbols of matplotlib's fonts, each drawn a few times; `group` is the script."""
+    """Yield letters, digits and symbols of matplotlib's fonts, each drawn a few times; `group` is the script.
+
+    `character` is what is drawn, beside its Unicode name.
+    """
     for font in FONTS:
         drawn = _characters(font)
         for group, ranges in SCRIPTS.items():
             for code in (code for start, end in ranges for code in range(start, end) if code in drawn):
                 for k in range(_DRAWINGS):
                     name = f"{code:04X}/{font}/{k}"
-                    yield _row("glyphs", group, name, unicodedata.name(chr(code)).lower(), _draw(chr(code), font, name))
+                    image, shown = _draw(chr(code), font, name), unicodedata.name(chr(code)).lower()
+                    yield _row("glyphs", group, name, shown, image) | {"character": chr(code)}
 
 
 def photographs() -> Iterator[Row]:

@@ -102,7 +102,7 @@ class Job:
     @property
     def classifies(self) -> bool:
         """Whether each expert has a head over its own labels, rather than names to compare with."""
-        return not isinstance(self.recipe.base_model, Seed) and classifies(self.base_headers.config)
+        return isinstance(self.recipe.base_model, str) and classifies(self.base_headers.config)
 
     @property
     def router(self) -> Router:

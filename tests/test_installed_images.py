@@ -49,7 +49,8 @@ def test_digits_are_scikit_learn_s(rows: dict[str, list[Row]]) -> None:
 
 def test_glyphs_are_of_all_scripts_and_named_as_unicode_names_them(rows: dict[str, list[Row]]) -> None:
     assert {row["group"] for row in rows["glyphs"]} == set(SCRIPTS)
-    assert {"digit three", "greek small letter alpha"} <= {row["name"] for row in rows["glyphs"]}
+    shown = {(row["name"], row["character"]) for row in rows["glyphs"]}
+    assert {("digit three", "3"), ("greek small letter alpha", "\u03b1")} <= shown
 
 
 def test_rows_of_a_recipe_are_images_with_the_parts_of_a_path_as_their_label() -> None:
