@@ -8,9 +8,9 @@ from mergekit_moe.adapters import ADAPTER_CONFIG
 from mergekit_moe.checkpoint import REPORT, read_config
 from mergekit_moe.experts import Expert
 from mergekit_moe.hub import PACKAGE
-from mergekit_moe.job import POOL, Job
+from mergekit_moe.job import POOL, SEED_ROWS, Job
 from mergekit_moe.privacy.ledger import LEDGER, guarantee_in_words
-from mergekit_moe.recipe import ExpertSource, Recipe, Router, Seed
+from mergekit_moe.recipe import ClipSeed, ExpertSource, Recipe, Router, TrainedSeed
 from mergekit_moe.workspace import is_main_process, read_json
 
 if TYPE_CHECKING:
@@ -33,17 +33,19 @@ _STARTS = {
 }
 
 
-def write_seed_card(job: Job, settings: Seed, out: Path) -> None:
+def write_seed_card(job: Job, settings: TrainedSeed, out: Path) -> None:
     """Write the card of a seed model that the recipe had trained to the folder `out`."""
+    clip = isinstance(settings, ClipSeed)
+    learnt = [data.describe(source, job.data_dir, SEED_ROWS if clip else POOL) for source in job.seed_sources]
     metadata = cards.model_metadata(
         library="transformers",
         license=settings.license,
         base_models=[],
         relation="finetune",
-        datasets=_pools_on_hub(job),
+        datasets=_named_on_hub(learnt),
         tags=["mergekit_moe", "seed"],
     )
-    facts = {"metadata": metadata, "name": f"{job.name}-seed", "settings": settings, "pool": _pools(job)}
+    facts = {"metadata": metadata, "name": f"{job.name}-seed", "settings": settings, "clip": clip, "learnt": learnt}
     (out / _CARD).write_text(cards.render("seed.md.j2", **facts), encoding="utf-8")
 
 
@@ -277,4 +279,8 @@ def _pools(job: Job) -> list[str]:
 
 
 def _pools_on_hub(job: Job) -> list[str]:
-    return [name.rpartition("@")[0] for name in _pools(job) if "@" in name]
+    return _named_on_hub(_pools(job))
+
+
+def _named_on_hub(names: list[str]) -> list[str]:
+    return [name.rpartition("@")[0] for name in names if "@" in name]

@@ -16,7 +16,7 @@ from mergekit_moe.errors import RecipeError
 from mergekit_moe.experts import read_proxies
 from mergekit_moe.job import Job
 from mergekit_moe.methods import ORACLE, Method, methods_of
-from mergekit_moe.recipe import ANCHOR, ExpertSource, Recipe, Seed
+from mergekit_moe.recipe import ANCHOR, ExpertSource, Recipe, TrainedSeed
 from mergekit_moe.recipe_file import change_recipe
 from mergekit_moe.workspace import Workspace, read_json, write_json
 
@@ -79,8 +79,9 @@ def _numbers(seeds: Sequence[str]) -> list[int]:
 def _jobs_of_seeds(job: Job, seeds: list[int]) -> Iterator[Job]:
     """Yield a job a random seed; all start from one seed model, and what doesn't depend on chance is made once."""
     changes: dict[str, Any] = {}
-    if isinstance(job.recipe.base_model, Seed):
-        pipeline.run(job, "select")
+    if isinstance(job.recipe.base_model, TrainedSeed):
+        if not job.embeds_itself:
+            pipeline.run(job, "select")
         pipeline.run(job, "seed")
         changes = {"base_model": str(job.base.folder.resolve())}
     lenders: tuple[Workspace, ...] = (job.workspace,)

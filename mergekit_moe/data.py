@@ -1,6 +1,7 @@
 """Rows of text or images from files, folders, the Hub or the Python installation, and what models read of them."""
 
 import functools
+import hashlib
 import itertools
 import os
 import tempfile
@@ -8,10 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from mergekit_moe import __version__, hub
+from mergekit_moe import __version__, hub, installed_images, installed_text
 from mergekit_moe.errors import DataError
 from mergekit_moe.images import IMAGE, ImageReader, has_images, image_cell, undecoded
-from mergekit_moe.installed_text import CORPORA
 from mergekit_moe.recipe import DataSource
 from mergekit_moe.task_recipe import Choices
 from mergekit_moe.tasks import CHOICE, TASK_COLUMNS, columns_asked, task_cells, task_features, task_of
@@ -28,6 +28,7 @@ _PIECE = " [piece] "
 _RENDERING = 2
 """Of how templates become text: to be raised with any change to it, so that no cached pool outlives it."""
 _COLUMNS = ("id", "prompt", "completion", "tag", "label")
+_CORPORA: dict[str, Callable[[], Iterator[Any]]] = {**installed_text.CORPORA, **installed_images.CORPORA}
 IGNORED = -100
 """Label of a token that no loss counts."""
 
@@ -304,9 +305,9 @@ def _rows_of(source: DataSource, data_dir: Path, what: str, public: bool) -> Ite
         _require_column(column, raw.column_names, source, what)
     known = raw.column_names + ([CHOICE] if "right" in task_features(source) else [])
     for template in (source.text, source.prompt, source.completion, source.label, *templates):
-        for _, field in parts(template or ""):
-            if field is not None:
-                _require_column(field, known, source, what)
+        for piece in parts(template or ""):
+            if piece.column is not None:
+                _require_column(piece.column, known, source, what)
     classes = _class_names(raw)
     if source.image is not None:
         raw = undecoded(raw, source.image)
@@ -374,7 +375,7 @@ def _load(source: DataSource, data_dir: Path, what: str, public: bool) -> "Datas
     from datasets.exceptions import DatasetsError
 
     if source.installed is not None:
-        return Dataset.from_list(list(CORPORA[source.installed]()))
+        return Dataset.from_list(list(_CORPORA[source.installed]()))
     path = data_dir / str(source.dataset)
     if not path.exists():
         return hub.load_hub_dataset(
@@ -417,7 +418,8 @@ def _content(source: DataSource, data_dir: Path, what: str, tell: Callable[[str]
 
 @functools.cache
 def _installed_content(corpus: str) -> str:
-    return digest([[row["id"], row["text"]] for row in CORPORA[corpus]()])
+    rows = ((row["id"], row.get("text") or hashlib.sha256(row[IMAGE]).hexdigest()) for row in _CORPORA[corpus]())
+    return digest(list(rows))
 
 
 def _matches(row: dict[str, Any], source: DataSource) -> bool:
@@ -430,4 +432,4 @@ def _require_column(column: str, columns: list[str], source: DataSource, what: s
 
 
 def _name(source: DataSource) -> str:
-    return source.dataset or f"installed text '{source.installed}'"
+    return source.dataset or f"installed:{source.installed}"

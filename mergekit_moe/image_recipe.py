@@ -2,30 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+from mergekit_moe.seed_recipe import ClipSeed, Seed
+
 if TYPE_CHECKING:
     from mergekit_moe.recipe import DataSource, Recipe
 
 SEED_EMBEDDER = "seed"
 """In `selection.embedder`: the base model's own image tower."""
-
-
-def check_content(source: "DataSource") -> None:
-    """Raise ValueError unless a source says once what its rows are: a text, a prompt and a completion, or an image."""
-    if source.image is not None:
-        for field in ("text", "prompt", "completion", "chunk"):
-            if getattr(source, field) is not None:
-                raise ValueError(f"'image' names the column that holds an image, and '{field}' is of text; drop one")
-        return
-    if source.text is None and source.completion is None:
-        raise ValueError(
-            "give 'text', or 'prompt' and 'completion', as templates such as '{text}'; or 'image', the column of images"
-        )
-    if source.text is not None and (source.prompt is not None or source.completion is not None):
-        raise ValueError("give either 'text' or 'prompt' and 'completion', not both")
-    if source.label is not None and source.text is None:
-        raise ValueError("'label' is what a 'text' is one of; drop it, or give 'text' instead of prompt and completion")
-    if source.chunk is not None and source.text is None:
-        raise ValueError("'chunk' splits plain text only; drop it, or use 'text'")
 
 
 def is_of_images(recipe: "Recipe") -> bool:
@@ -37,6 +20,8 @@ def check_images(recipe: "Recipe") -> None:
     """Raise ValueError for a recipe of images that has other rows, too, or asks for what only text can do."""
     selection = recipe.selection
     if not is_of_images(recipe):
+        if isinstance(recipe.base_model, ClipSeed):
+            raise ValueError("base_model: a seed of kind clip reads images, and here rows are text; drop 'kind'")
         if selection.embedder == SEED_EMBEDDER and recipe.pool_sources:
             raise ValueError(
                 "selection.embedder seed is the image tower of a base model that reads images, and public_pool's rows "
@@ -46,8 +31,10 @@ def check_images(recipe: "Recipe") -> None:
     for what, source in _rows(recipe):
         if source.image is None:
             raise ValueError(f"{what}: its rows are text, and others are images; one model reads either")
-    if not isinstance(recipe.base_model, str):
-        raise ValueError("base_model: a seed that is trained here reads text; name a CLIP model for images")
+    if isinstance(recipe.base_model, Seed):
+        raise ValueError(
+            "base_model: this seed reads text; for images name a CLIP model, or train a small one by `kind: clip`"
+        )
     if selection.embedder_backend == "openvino":
         raise ValueError("selection.embedder_backend openvino is for texts; drop it for images")
     if recipe.router.start == "cheap-embed":

@@ -11,7 +11,7 @@ from mergekit_moe.checkpoint import identity, license_of, stamp, weights_fingerp
 from mergekit_moe.errors import ExpertError
 from mergekit_moe.experts import PROXIES, STATISTICS, Base, Expert, read_base, read_expert, read_proxies
 from mergekit_moe.image_recipe import SEED_EMBEDDER, embedder_of, is_of_images
-from mergekit_moe.recipe import ExpertSource, Recipe, Router, Seed
+from mergekit_moe.recipe import ClipSeed, DataSource, ExpertSource, Recipe, Router, TrainedSeed
 from mergekit_moe.selection.embedding import choose_backend, load_embedder, resolve_embedder
 from mergekit_moe.workspace import Workspace, digest, file_sha256
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 POOL = "public_pool"
 """How errors name the pool."""
+SEED_ROWS = "base_model.rows"
+"""How errors name what a seed that is trained here learns from, where that isn't the pool."""
 
 
 class Job:
@@ -56,7 +58,7 @@ class Job:
         return read_base(self.base)
 
     def _resolve_base(self, *, weights: bool) -> hub.Resolved:
-        if isinstance(self.recipe.base_model, Seed):
+        if isinstance(self.recipe.base_model, TrainedSeed):
             return hub.Resolved(self.workspace.folder("seed"), f"{self.name}-seed", None)
         return self._resolve(self.recipe.base_model, self.recipe.revision, "base_model", weights=weights)
 
@@ -93,12 +95,14 @@ class Job:
     @property
     def encodes(self) -> bool:
         """Whether the base model is an encoder, of texts or of images."""
-        return not isinstance(self.recipe.base_model, Seed) and self.base_headers.architecture.encoder
+        if isinstance(self.recipe.base_model, TrainedSeed):
+            return isinstance(self.recipe.base_model, ClipSeed)
+        return self.base_headers.architecture.encoder
 
     @property
     def classifies(self) -> bool:
         """Whether each expert has a head over its own labels, rather than names to compare with."""
-        return not isinstance(self.recipe.base_model, Seed) and classifies(self.base_headers.config)
+        return isinstance(self.recipe.base_model, str) and classifies(self.base_headers.config)
 
     @property
     def router(self) -> Router:
@@ -114,7 +118,7 @@ class Job:
 
     @property
     def base_license(self) -> str:
-        if isinstance(self.recipe.base_model, Seed):
+        if isinstance(self.recipe.base_model, TrainedSeed):
             return self.recipe.base_model.license
         return license_of(self.base_headers.source.folder)
 
@@ -153,6 +157,25 @@ class Job:
     @property
     def _embedder_backend(self) -> str:
         return "torch" if is_of_images(self.recipe) else choose_backend(self.recipe.selection.embedder_backend)
+
+    @property
+    def seed_sources(self) -> list[DataSource]:
+        """What a seed that is trained here learns from; nothing for another base model."""
+        base = self.recipe.base_model
+        if isinstance(base, str):
+            return []
+        return base.rows if isinstance(base, ClipSeed) else self.recipe.pool_sources
+
+    @functools.cached_property
+    def seed_rows(self) -> "Dataset":
+        if not isinstance(self.recipe.base_model, ClipSeed):
+            return self.pool
+        tell = self.workspace.report
+        return data.load_rows(self.seed_sources, self.data_dir, SEED_ROWS, public=True, tell=tell)
+
+    @property
+    def seed_fingerprint(self) -> str:
+        return digest(data.fingerprint(self.seed_sources, self.data_dir, SEED_ROWS, tell=self.workspace.report))
 
     @functools.cached_property
     def pool(self) -> "Dataset":

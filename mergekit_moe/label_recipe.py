@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from mergekit_moe.seed_recipe import Seed
 from mergekit_moe.spec import Spec
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def check_labels(recipe: "Recipe") -> None:
             raise ValueError(
                 f"expert '{expert.name}': it has rows without 'label', and others have one; give it to all, or to none"
             )
-    if not isinstance(recipe.base_model, str):
+    if isinstance(recipe.base_model, Seed):
         raise ValueError("base_model: a seed that is trained here is no encoder, and 'label' needs one")
     if recipe.comparison.strangers:
         raise ValueError("comparison.strangers: rows of no expert's domain have none of their labels; drop it")

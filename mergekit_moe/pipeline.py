@@ -15,7 +15,7 @@ from mergekit_moe.errors import DataError, ExpertError, RecipeError, WorkspaceEr
 from mergekit_moe.experts import PROXIES, STATISTICS, read_proxies
 from mergekit_moe.job import Job, published_files
 from mergekit_moe.plan import plan
-from mergekit_moe.recipe import ANCHOR, ExpertSource, Seed
+from mergekit_moe.recipe import ANCHOR, ClipSeed, ExpertSource, TrainedSeed
 from mergekit_moe.router_recipe import BY_PUBLISHED, BY_STATISTICS
 from mergekit_moe.workspace import digest, is_main_process, read_json
 
@@ -48,6 +48,7 @@ def run(job: Job, only: str | None = None) -> None:
         MetaMoeError: for whatever a user can have got wrong, before any long work starts where possible.
     """
     checked = done = False
+    order = _in_order(job)
 
     def check() -> None:
         nonlocal checked
@@ -66,7 +67,7 @@ def run(job: Job, only: str | None = None) -> None:
             done = done or step.command == only
             current = job.workspace.is_current(step.folder, step.inputs)
             if only is not None and step.command != only:
-                if COMMANDS.index(step.command) > COMMANDS.index(only):
+                if order.index(step.command) > order.index(only):
                     break
                 if not current:
                     raise WorkspaceError(
@@ -93,6 +94,8 @@ def steps(job: Job) -> Iterator[Step]:
     pool = {"pool": job.pool_fingerprint} if recipe.pool_sources else {}
     matching = {"matching": recipe.matching.model_dump(mode="json")} if recipe.matches_labels else {}
     inputs: dict[str, Any]
+    if job.embeds_itself:
+        yield from _seed_step(job)
     if job.clients or job.foreign:
         inputs = pool | job.embedder_identity()
         yield Step(
@@ -131,10 +134,8 @@ def steps(job: Job) -> Iterator[Step]:
         }
         make = functools.partial(selecting.select_for_foreign, job, expert)
         yield Step("select", f"proxies/{expert.name}", inputs | seed, make, distributed=True)
-    if isinstance(recipe.base_model, Seed):
-        inputs = {"model": recipe.base_model.model_dump(mode="json")}
-        make = functools.partial(_train_seed, job)
-        yield Step("seed", "seed", inputs | pool | seed, make, distributed=True, resumable=True)
+    if not job.embeds_itself:
+        yield from _seed_step(job)
     for client in job.clients:
         base = {"base": job.base_identity}
         inputs = {
@@ -209,16 +210,36 @@ def steps(job: Job) -> Iterator[Step]:
         yield Step("export", f"export/{target}", inputs | model | pool, functools.partial(_export, job, target))
 
 
+def _in_order(job: Job) -> tuple[str, ...]:
+    """Return the commands in the order of their steps: a seed that embeds the pool is there before it."""
+    return ("seed", "select", *COMMANDS[2:]) if job.embeds_itself else COMMANDS
+
+
+def _seed_step(job: Job) -> Iterator[Step]:
+    """Yield the step that trains the base model, where the recipe has it trained."""
+    settings = job.recipe.base_model
+    if not isinstance(settings, TrainedSeed):
+        return
+    inputs = {"model": settings.model_dump(mode="json", exclude={"rows"}), "seed": job.recipe.seed}
+    learnt = {"rows": job.seed_fingerprint} if isinstance(settings, ClipSeed) else {"pool": job.pool_fingerprint}
+    make = functools.partial(_train_seed, job)
+    yield Step("seed", "seed", inputs | learnt, make, distributed=True, resumable=True)
+
+
 def _nothing(out: Path) -> None:
     """What the other processes do in a step that is the main one's."""
 
 
 def _train_seed(job: Job, out: Path) -> None:
-    from mergekit_moe.seed import train_seed
+    from mergekit_moe.seed import train_clip_seed, train_seed
 
-    assert isinstance(job.recipe.base_model, Seed)
-    train_seed(job.pool, job.recipe.base_model, seed=job.recipe.seed, out=out)
-    carding.write_seed_card(job, job.recipe.base_model, out)
+    settings = job.recipe.base_model
+    assert isinstance(settings, TrainedSeed)
+    if isinstance(settings, ClipSeed):
+        train_clip_seed(job.seed_rows, settings, seed=job.recipe.seed, out=out)
+    else:
+        train_seed(job.seed_rows, settings, seed=job.recipe.seed, out=out)
+    carding.write_seed_card(job, settings, out)
 
 
 def align_client(job: Job, client: ExpertSource, out: Path) -> None:

@@ -10,7 +10,7 @@ from mergekit_moe.errors import DataError, ExpertError, MetaMoeError
 from mergekit_moe.experts import STATISTICS, Expert, require_ffn_change
 from mergekit_moe.image_recipe import is_of_images
 from mergekit_moe.job import POOL, Job
-from mergekit_moe.recipe import BY_PUBLISHED, ExpertSource, Seed
+from mergekit_moe.recipe import BY_PUBLISHED, ClipSeed, ExpertSource, TrainedSeed
 
 
 def plan(job: Job, *, merging: bool = True, base: bool = True, carding: bool = False) -> list[tuple[str, str]]:
@@ -74,9 +74,12 @@ def _plan_workspace(job: Job) -> list[tuple[str, str]]:
 
 
 def _plan_base(job: Job) -> list[tuple[str, str]]:
-    if isinstance(job.recipe.base_model, Seed):
+    if isinstance(job.recipe.base_model, TrainedSeed):
         seed = job.recipe.base_model
-        return [("base", f"Llama, {seed.layers} layers of {seed.hidden_size}, to be trained on the pool")]
+        what = f"{seed.layers} layers of {seed.hidden_size}, to be trained on"
+        if isinstance(seed, ClipSeed):
+            return [("base", f"CLIP, {what} {len(job.seed_rows):,} labelled images")]
+        return [("base", f"Llama, {what} the pool")]
     base = job.base_headers
     size = sum(base.weights.nbytes(name) for name in base.weights)
     kind = base.config["model_type"]
@@ -110,7 +113,7 @@ def _require_fitting(job: Job) -> list[tuple[str, str]]:
 def _require_readable(job: Job) -> None:
     """Raise DataError unless the base model reads what the rows are."""
     recipe, images = job.recipe, is_of_images(job.recipe)
-    if isinstance(recipe.base_model, Seed):
+    if isinstance(recipe.base_model, TrainedSeed):
         return
     architecture, kind = job.base_headers.architecture, job.base_headers.config["model_type"]
     if images and not architecture.images:
@@ -132,14 +135,14 @@ def _require_readable(job: Job) -> None:
 
 def _plan_license(job: Job) -> list[tuple[str, str]]:
     """Look at the licences of what is there already; a client's expert takes its own, or the base's."""
-    if isinstance(job.recipe.base_model, Seed) and not job.base.folder.is_dir():
+    if isinstance(job.recipe.base_model, TrainedSeed) and not job.base.folder.is_dir():
         return []
     return [("licence", cards.require_license(job.recipe.card.license, job.licenses()))]
 
 
 def _plan_export(job: Job, target: str) -> list[tuple[str, str]]:
-    model_type = "llama"
-    if not isinstance(job.recipe.base_model, Seed):
+    model_type = "clip" if isinstance(job.recipe.base_model, ClipSeed) else "llama"
+    if isinstance(job.recipe.base_model, str):
         model_type = str(job.base_headers.config["model_type"])
     require_export(target, model_type, renormalises=job.recipe.merge.renormalise)
     return [("export", f"{target}, with gates fitted on the proxies")]
@@ -171,7 +174,7 @@ def _plan_expert(job: Job, source: ExpertSource) -> list[tuple[str, str]]:
         return [
             (f"expert {source.name}", f"to be trained on {len(private):,} private rows; {len(held_out):,} held out")
         ]
-    if isinstance(job.recipe.base_model, Seed) and not job.base.folder.is_dir():
+    if isinstance(job.recipe.base_model, TrainedSeed) and not job.base.folder.is_dir():
         return [(f"expert {source.name}", f"{source.source}, to be checked once the seed is trained")]
     expert = job.expert(source, weights=False)
     _require_mergeable(job, expert)

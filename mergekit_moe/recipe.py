@@ -4,11 +4,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from mergekit_moe.image_recipe import check_content, check_images
+from mergekit_moe.image_recipe import check_images
 from mergekit_moe.label_recipe import Matching, check_labels
 from mergekit_moe.privacy_recipe import Privacy, forbid_unaccounted
 from mergekit_moe.router_recipe import BY_PUBLISHED, NO_PROXIES, Router, Training
-from mergekit_moe.spec import Spec, check_template
+from mergekit_moe.seed_recipe import ClipSeed, Seed, TrainedSeed, kind_of_base
+from mergekit_moe.source_recipe import DataSource
+from mergekit_moe.spec import Spec
 from mergekit_moe.task_recipe import Choices, Task
 
 RESERVED_NAMES = ("seed", "soup", "unified")
@@ -17,58 +19,7 @@ EXPERT_NAME = r"^[a-z0-9][a-z0-9_-]*$"
 ANCHOR = "anchor"
 """Name of the expert that is the seed's own FFN."""
 
-InstalledText = Literal["library-source", "manual", "unicode-names", "licences"]
 ExportFormat = Literal["mixtral", "qwen3_moe", "qwen2_moe", "flex_olmo"]
-
-
-class DataSource(Spec):
-    """Rows of text, and the templates that turn a row into a training example; or rows of images."""
-
-    dataset: str | None = None
-    """A .jsonl, .json, .csv, .parquet or .txt file (.gz too), a folder, or a Hub data set's id."""
-    installed: InstalledText | None = None
-    """Text that every Python installation carries, in place of `dataset`."""
-    revision: str | None = None
-    """Commit, tag or branch of a Hub data set; pinned to the commit when it is read."""
-    split: str = "train"
-    where: dict[str, str | int | list[str | int]] = {}
-    """Keep the rows whose column has this value, or one of these values."""
-    text: str | None = None
-    """Template for plain text, such as `{text}`; every token of it is learnt."""
-    prompt: str | None = None
-    """Template for what is given; its tokens are masked in every loss."""
-    completion: str | None = None
-    """Template for what is learnt; required with `prompt`."""
-    label: str | None = None
-    """Template for what the text or image is one of, such as `{intent}` or `a photo of a {breed}`; underscores are
-    shown as spaces, a class by its name. With `text` or `image` only, and for an encoder: it learns to put a text or
-    image nearest to the name of its label. Where the pool's rows have labels, every expert learns to tell its own from
-    those, too; only the clients' own are what models are judged by."""
-    image: str | None = None
-    """Column that holds an image, in place of a text: a PNG or JPEG file's bytes, or as `datasets` keeps images."""
-    chunk: int | None = Field(None, ge=50)
-    """Characters. Longer texts are split at line ends into rows of at most this size (plain text only)."""
-    id: str = "id"
-    """Column that names a row; the row's number where there is no such column."""
-    tag: str | None = None
-    """Column with a row's true domain, where one is known: only ever used to judge the selector."""
-    limit: int | None = Field(None, ge=1)
-    """Keep the first so many rows (after `where`)."""
-    license: str | None = None
-    """Licence of the rows, for the cards of what is made from public ones."""
-    streaming: bool = False
-    """Read a Hub data set row by row until `limit`, rather than download all of it."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.dataset is None) == (self.installed is None):
-            raise ValueError("give either 'dataset' or 'installed'")
-        check_content(self)
-        if self.streaming and self.limit is None:
-            raise ValueError("'streaming' needs a 'limit', the number of rows to read")
-        for template in (self.text, self.prompt, self.completion, self.label):
-            check_template(template or "")
-        return self
 
 
 class ClientRows(DataSource):
@@ -88,25 +39,6 @@ class ClientRows(DataSource):
             raise ValueError(
                 "'completion' has no place for a choice; write {choice} where it stands, such as ' {choice}'"
             )
-        return self
-
-
-class Seed(Training):
-    """A small Llama and its tokenizer, trained on the public pool alone: for benchmarks and demonstrations."""
-
-    vocab_size: int = Field(2048, ge=300)
-    hidden_size: int = Field(128, ge=16)
-    intermediate_size: int = 384
-    layers: int = Field(4, ge=1)
-    heads: int = Field(4, ge=1)
-    max_length: int = Field(256, ge=16)
-    """Tokens; longer rows are cut."""
-    license: str = "other"
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.hidden_size % (2 * self.heads):
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 * heads = {2 * self.heads}")
         return self
 
 
@@ -310,10 +242,11 @@ class Recipe(Spec):
     """One merge, from the clients' data to the model card."""
 
     base_model: Annotated[
-        Annotated[str, Tag("(name)")] | Annotated[Seed, Tag("(seed)")],
-        Discriminator(lambda value: "(seed)" if isinstance(value, dict | Seed) else "(name)"),
+        Annotated[str, Tag("(name)")] | Annotated[Seed, Tag("(seed)")] | Annotated[ClipSeed, Tag("(clip)")],
+        Discriminator(kind_of_base),
     ]
-    """Folder or Hub id of the seed model; or the settings of a small one to be trained on the pool."""
+    """Folder or Hub id of the seed model; or the settings of a small one to be trained: a language model on the pool,
+    a CLIP model (`kind: clip`) on labelled images of its own."""
     revision: str | None = None
     public_pool: (
         Annotated[
@@ -347,9 +280,9 @@ class Recipe(Spec):
         names = [expert.name for expert in self.experts]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"expert name '{twice[0]}' is used more than once; give each expert its own")
-        if self.revision is not None and isinstance(self.base_model, Seed):
+        if self.revision is not None and isinstance(self.base_model, TrainedSeed):
             raise ValueError("'revision' is for a base model on the Hub, and this one is trained here; drop it")
-        for expert in self.experts if isinstance(self.base_model, Seed) else ():
+        for expert in self.experts if isinstance(self.base_model, TrainedSeed) else ():
             if expert.proxies == "expert-gain":
                 raise ValueError(
                     f"expert '{expert.name}': proxies by expert-gain need a base_model that exists, "

@@ -26,11 +26,14 @@ class Spec(BaseModel):
 
 
 def check_template(template: str) -> None:
-    """Raise ValueError unless the template is text with column names in braces."""
+    """Raise ValueError unless the template is text with column names in braces, a path's with the number of a part."""
     try:
         fields = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"template {template!r}: {error}; double a brace that is meant as such") from None
     for _, name, form, conversion in fields:
-        if name is not None and (not name or form or conversion or not re.fullmatch(r"[\w ./-]+", name)):
-            raise ValueError(f"template {template!r}: a brace holds a column's name and nothing else, such as {{text}}")
+        if name is not None and (conversion or not re.fullmatch(r"[\w ./-]+:\d*", f"{name}:{form}")):
+            raise ValueError(
+                f"template {template!r}: a brace holds a column's name and nothing else, such as {{text}}; "
+                "or a path's and the number of one of its parts, from 0, such as {path:1}"
+            )

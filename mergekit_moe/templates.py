@@ -2,7 +2,16 @@
 
 import functools
 import string
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Piece(NamedTuple):
+    """Some text of a template, and the cell that follows it, if any."""
+
+    text: str
+    column: str | None
+    part: int | None
+    """Which part of a cell that holds a path, counted from 0; None for the whole cell."""
 
 
 def render(template: str, row: dict[str, Any]) -> str:
@@ -10,15 +19,29 @@ def render(template: str, row: dict[str, Any]) -> str:
 
     Raises:
         TypeError: if a cell is nothing that can be shown.
+        ValueError: if a cell has too few parts.
     """
     # Not str.format: it would take a dot in a column's name for an attribute.
-    return "".join(text + ("" if field is None else _as_text(row[field])) for text, field in parts(template))
+    return "".join(piece.text + _shown(piece, row) for piece in parts(template))
 
 
 @functools.cache
-def parts(template: str) -> list[tuple[str, str | None]]:
-    """Return a template's pieces: some text, and the column that follows it, if any."""
-    return [(text, field) for text, field, _, _ in string.Formatter().parse(template)]
+def parts(template: str) -> list[Piece]:
+    """Return a template's pieces."""
+    parsed = string.Formatter().parse(template)
+    return [Piece(text, column, int(part) if part else None) for text, column, part, _ in parsed]
+
+
+def _shown(piece: Piece, row: dict[str, Any]) -> str:
+    if piece.column is None:
+        return ""
+    cell = _as_text(row[piece.column])
+    if piece.part is None:
+        return cell
+    found = cell.split("/")[piece.part : piece.part + 1]
+    if not found:
+        raise ValueError(f"{{{piece.column}:{piece.part}}} is no part of {cell!r}; parts lie between slashes, from 0")
+    return found[0]
 
 
 def _as_text(value: Any) -> str:

@@ -9,12 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mergekit_moe"
 GROUND = {
-    *("errors", "image_recipe", "label_recipe", "privacy_recipe", "recipe", "recipe_file", "router_recipe", "spec"),
-    *("task_recipe", "workspace"),
+    *("errors", "image_recipe", "label_recipe", "privacy_recipe", "recipe", "recipe_file", "router_recipe"),
+    *("seed_recipe", "source_recipe", "spec", "task_recipe", "workspace"),
 }
 MATERIAL = {
-    *("adapters", "architectures", "checkpoint", "data", "experts", "hub", "images", "installed_text", "matching"),
-    *("models", "privacy", "structure", "tasks", "templates", "training", "updates", "weights"),
+    *("adapters", "architectures", "checkpoint", "data", "experts", "hub", "images", "installed_images"),
+    *("installed_text", "matching", "models", "privacy", "structure", "tasks", "templates", "training", "updates"),
+    "weights",
 }
 STAGES = {"alignment", "cards", "evaluation", "export", "merging", "publication", "routing", "seed", "selection"}
 TOP = {
