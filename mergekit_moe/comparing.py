@@ -5,6 +5,7 @@ proxies, experts, `variants/NAME` where an ablation selects or aligns anew, and 
 """
 
 import functools
+import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from mergekit_moe.recipe_file import change_recipe
 from mergekit_moe.workspace import Workspace, read_json, write_json
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from mergekit_moe.evaluation.scoring import Domain, Predict
     from mergekit_moe.matching import Labels
 
@@ -101,7 +104,7 @@ def _measure_method(job: Job, name: str, method: Method) -> None:
     experts = variant if changes.keys() & set(_ALIGNING) else job
     picked = {source.name: _picked(experts, variant, source) for source in job.recipe.experts}
     inputs = {
-        "method": [changes, method.private and job.recipe.comparison.ceiling_rows],
+        "method": [changes, method.private and [job.recipe.comparison.ceiling_rows, "at random"]],
         "recipe": {key: getattr(changed, key).model_dump(mode="json") for key in _judging(changed, method)},
         "base": job.base_identity,
         "experts": experts.expert_identities(),
@@ -212,8 +215,7 @@ def _unify(
     for source in experts.recipe.experts:
         rows = experts.pool.select(picked[source.name])
         if method.private:
-            private = experts.private_rows(source)
-            rows = private.select(range(min(len(private), recipe.comparison.ceiling_rows)))
+            rows = _some(experts.private_rows(source), recipe.comparison.ceiling_rows, recipe.seed)
         sub.use_proxies(source.name, rows)
     seconds = {}
     for part, command in {"merge": "merge", "router": "train-router"}.items():
@@ -222,6 +224,11 @@ def _unify(
             pipeline.run(sub, command)
         seconds[part] = time.perf_counter() - begun
     return sub, seconds
+
+
+def _some(rows: "Dataset", count: int, seed: int) -> "Dataset":
+    """Return so many rows picked at random: files are often sorted, and the first rows of a few kinds only."""
+    return rows.select(sorted(random.Random(seed).sample(range(len(rows)), min(len(rows), count))))
 
 
 def _trained_parameters(sub: Job, model: Any) -> int:

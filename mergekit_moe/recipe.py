@@ -227,7 +227,7 @@ class Comparison(Spec):
     strangers: dict[Annotated[str, Field(pattern=EXPERT_NAME)], DataSource] = {}
     """Held-out text of no expert's domain."""
     ceiling_rows: int = Field(1000, ge=1)
-    """Private rows a client that the ceiling's routers are fitted on."""
+    """Private rows a client, picked at random, that the ceiling's routers are fitted on."""
 
 
 class Card(Spec):

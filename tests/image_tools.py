@@ -139,7 +139,8 @@ def image_recipe(folder: Path) -> dict[str, Any]:
             "alpha": 16,
         },
         "matching": {"temperature": TEMPERATURE},
-        "router": {"training": {"max_steps": 4, "batch_size": 8}},
+        # Of a tower of random weights no dimension means anything by itself.
+        "router": {"shrinkage": 0.1, "training": {"max_steps": 4, "batch_size": 8}},
         "card": {"license": "mit"},
     }
 
