@@ -104,7 +104,8 @@ def encoder_recipe(folder: Path) -> dict[str, Any]:
             "alpha": 8,
         },
         "matching": {"temperature": TEMPERATURE},
-        "router": {"training": {"max_steps": 4, "batch_size": 8}},
+        # Of an encoder of random weights no dimension means anything by itself.
+        "router": {"shrinkage": 0.1, "training": {"max_steps": 4, "batch_size": 8}},
         "card": {"license": "mit"},
     }
 
