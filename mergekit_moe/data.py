@@ -418,8 +418,11 @@ def _content(source: DataSource, data_dir: Path, what: str, tell: Callable[[str]
 
 @functools.cache
 def _installed_content(corpus: str) -> str:
-    rows = ((row["id"], row.get("text") or hashlib.sha256(row[IMAGE]).hexdigest()) for row in _CORPORA[corpus]())
-    return digest(list(rows))
+    return digest([(row["id"], _text_or_digest(row)) for row in _CORPORA[corpus]()])
+
+
+def _text_or_digest(row: dict[str, Any]) -> str:
+    return row["text"] if "text" in row else hashlib.sha256(row[IMAGE]).hexdigest()
 
 
 def _matches(row: dict[str, Any], source: DataSource) -> bool:

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from conftest import write_jsonl
 
+from mergekit_moe import data
 from mergekit_moe.data import IGNORED, Texts, collate, fingerprint, load_rows, split_held_out, texts_of, tokenize
 from mergekit_moe.errors import DataError
 from mergekit_moe.installed_text import CORPORA
 from mergekit_moe.recipe import DataSource
 from mergekit_moe.seed import train_tokenizer
+from mergekit_moe.workspace import digest
 
 ROWS = [
     {"id": "a", "q": "two and two?", "a": "four", "kind": "maths", "turns": [["USER", "hi"], ["BOT", "hello"]]},
@@ -219,3 +221,12 @@ def test_a_row_without_its_label_is_named(kind: str | None, tmp_path: Path) -> N
     write_jsonl(tmp_path / "d.jsonl", [{"q": "two and two?", "kind": "maths"}, {"q": "what is this?", "kind": kind}])
     with pytest.raises(DataError, match=r"expert 'law', test: d.jsonl, row 1: the label {kind} is empty; fill it in"):
         load_rows([source(text="{q}", label="{kind}")], tmp_path, "expert 'law', test")
+
+
+def test_a_corpus_may_hold_an_empty_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"id": "full", "text": "some"}, {"id": "empty", "text": ""}]
+    monkeypatch.setitem(data._CORPORA, "licences", lambda: iter(rows))
+    data._installed_content.cache_clear()
+    [found] = fingerprint([source(dataset=None, installed="licences", text="{text}")], Path(), "pool")
+    data._installed_content.cache_clear()
+    assert found["content"] == digest([("full", "some"), ("empty", "")])
