@@ -86,10 +86,11 @@ class Router(Spec):
     (`hidden`) or of token embeddings (`cheap-embed`), as mergekit-moe has them. `linear` is random, for training to
     replace (BTX). Without any proxy: all experts alike (`uniform`, for `top_k` of all), at `random`, or by the
     direction of the input that each expert's weights answer most (`arrow`)."""
-    shrinkage: float = Field(1.0, ge=0, le=1)
+    shrinkage: float = Field(0.5, ge=0, le=1)
     """How far `lda` and `ridge` take the covariance that they divide by towards its diagonal. At 1 every dimension
-    stands for itself: proxies aren't the clients' own text, and what tells them apart in combinations of dimensions
-    seldom tells that apart."""
+    stands for itself, which holds up better the less the proxies resemble the clients' own text; towards 0,
+    combinations of dimensions tell apart what one alone can't. Half and half lost least over the benchmarks
+    (recipes/benchmarks)."""
     training: RouterTraining | None = RouterTraining()
     """null keeps the closed form."""
     max_length: int = Field(512, ge=16)

@@ -23,7 +23,7 @@ DTYPES = {
     **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
 }
 """safetensors' names of the types that can be merged -> torch's."""
-_PIECE = 1 << 18
+_PIECE = 1 << 20
 """Bytes that are looked at, hashed and written at once, while they are in a cache."""
 CHUNK = 1 << 16
 """Elements that are computed with at once where the result is one number: they fit into a cache."""
