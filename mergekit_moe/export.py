@@ -98,6 +98,8 @@ def trained_gates(source: Source) -> Tensor:
     why = None
     if config.router_context != "none":
         why = "its routers use context"
+    elif config.router_adds_layers:
+        why = "its routers add up what earlier layers said"
     elif config.router_absolute_scores:
         why = "its routers take absolute scores"
     elif config.router_input_norm and config.num_experts_per_tok > 1:

@@ -91,10 +91,19 @@ class Router(Spec):
     stands for itself, which holds up better the less the proxies resemble the clients' own text; towards 0,
     combinations of dimensions tell apart what one alone can't. Half and half lost least over the benchmarks
     (recipes/benchmarks)."""
+    add_layers: bool | None = None
+    """Whether each layer adds to its router's logits those of all layers before it (evidence over layers), so that one
+    that can't tell the domains apart goes by what was told already. Where nothing is said, closed forms of the proxies
+    do: `lda`, `ridge` and `centroid`."""
     training: RouterTraining | None = RouterTraining()
     """null keeps the closed form."""
     max_length: int = Field(512, ge=16)
     """Tokens of a proxy that are read."""
+
+    @property
+    def adds_layers(self) -> bool:
+        """Whether the model that is made adds up its layers' logits."""
+        return self.start in ("lda", "ridge", "centroid") if self.add_layers is None else self.add_layers
 
     @model_validator(mode="after")
     def _check(self) -> Self:

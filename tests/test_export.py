@@ -183,6 +183,7 @@ def test_bias_folding_equals_least_squares() -> None:
 )
 def test_what_a_refit_from_context_costs_is_measured(tmp_path: Path, family: str, target: str, top_k: int) -> None:
     context = {"router_context": "prefix", "router_excluded_token_ids": [1], "num_experts_per_tok": top_k}
+    context["router_adds_layers"] = True
     ours = saved(tmp_path / "moe", family, bias=True, **context)
     report = export_model(tmp_path / "moe", target, tmp_path / "out", proxy_rows())
     assert report == json.loads((tmp_path / "out" / "export_report.json").read_text())
@@ -217,6 +218,12 @@ REFUSED = {
     "family": ("Gemma", "mixtral", {}, "gemma model can't be exported as mixtral; no native format fits"),
     "other": ("Qwen3", "mixtral", {}, "qwen3 model can't be exported as mixtral; it can become qwen3_moe"),
     "format": ("Llama", "gguf", {}, "no export format is called 'gguf'; allowed are mixtral, "),
+    "layers": (
+        "Llama",
+        "mixtral",
+        {"router_adds_layers": True},
+        "its routers add up what earlier layers said, and mixtral gates are plain",
+    ),
     "mlp bias": ("Llama", "mixtral", {"mlp_bias": True}, "no place for the bias model.layers.0.mlp"),
     "attention bias": ("Llama", "mixtral", {"attention_bias": True}, "no place for the bias model.layers.0.self_attn"),
     "Eq. 6": ("Llama", "mixtral", {"norm_topk_prob": False}, "always renormalises"),

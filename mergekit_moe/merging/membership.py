@@ -27,7 +27,7 @@ _PREFIX = "metamoe_"
 _EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<number>\d+)\.(?P<rest>.+)")
 _ADDED = (
     *("experts", "num_experts_per_tok", "norm_topk_prob", "router_context", "router_absolute_scores"),
-    *("router_excluded_token_ids", "auto_map"),
+    *("router_adds_layers", "router_excluded_token_ids", "auto_map"),
 )
 
 

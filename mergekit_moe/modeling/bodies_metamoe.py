@@ -19,6 +19,7 @@ from .layers_metamoe import NORM_AFTER_FFN, MoeFeedForward, MoeLayer, MoePostNor
 from .loading_metamoe import register_disk_layout
 from .routing_metamoe import (
     ContextRouter,
+    LayerEvidence,
     Routing,
     attended_tokens,
     refuse_split_sequences,
@@ -151,7 +152,7 @@ class MetaMoeModelMixin(MetaMoeMixin):
         look = routed.device.type == "cpu" and not torch.compiler.is_compiling()
         everywhere = look and bool((routed if context is None else context).all())
         everywhere = everywhere and sequence_start is None
-        return Routing(routed, sequence_start, forced_expert, context, everywhere=everywhere)
+        return Routing(routed, sequence_start, forced_expert, LayerEvidence(), context, everywhere=everywhere)
 
 
 class MetaMoeDecoderMixin(MetaMoeModelMixin):
@@ -234,5 +235,5 @@ class MetaMoeVisionMixin(MetaMoeModelMixin):
         if pixel_values is None:
             raise ValueError("pixel_values is missing; give (batch, channels, height, width)")
         patches = torch.ones(1, 1, dtype=torch.bool, device=pixel_values.device)
-        routing = Routing(patches, None, forced_expert, everywhere=True)
+        routing = Routing(patches, None, forced_expert, LayerEvidence(), everywhere=True)
         return super().forward(pixel_values=pixel_values, routing=routing, **kwargs)

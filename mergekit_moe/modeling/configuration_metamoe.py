@@ -105,6 +105,8 @@ def config_class(family: str) -> type:
             over the whole text or image (encoders); `none` does not mix.
         router_input_norm: scale the router's input to root mean square 1.
         router_absolute_scores: route by the scores' absolute values, for rows whose sign means nothing (Arrow).
+        router_adds_layers: add to each layer's router logits those of all layers before it, so that a layer that can't
+            tell domains apart goes by what was told already.
         router_excluded_token_ids: tokens (BOS) that no domain owns: they go to the seed's FFN and
             count in no mean.
         output_router_logits: return the routers' logits, and add the losses below to the model's.
@@ -121,6 +123,7 @@ def config_class(family: str) -> type:
             "router_context": "mean" if family in ENCODERS else "prefix",
             "router_input_norm": family in _UNNORMALISED,
             "router_absolute_scores": False,
+            "router_adds_layers": False,
             "router_excluded_token_ids": (),
             "output_router_logits": False,
             "router_aux_loss_coef": 0.0,

@@ -205,7 +205,12 @@ class MoeBlock(nn.Module):
         self.renormalise = config.norm_topk_prob
         self.input_norm = config.router_input_norm
         self.router = ContextRouter(
-            hidden_size, len(config.experts), config.router_context, config.router_absolute_scores
+            hidden_size,
+            len(config.experts),
+            layer_idx,
+            config.router_context,
+            config.router_absolute_scores,
+            config.router_adds_layers,
         )
         self.experts = FactoredExperts(config, layer_idx, sizes)
         self.dense_numbers = config.dense_experts

@@ -17,8 +17,29 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 
+class LayerEvidence:
+    """What the routers of the layers so far have said in one forward pass, added up.
+
+    No plain list: tools that move a call's inputs to a layer's device hand each layer a copy of those.
+    """
+
+    def __init__(self) -> None:
+        self.totals: list[Tensor] = []
+
+    def add(self, layer_idx: int, logits: Tensor) -> Tensor:
+        """Return the sum of a layer's router logits, (B, T, K), and of all before it.
+
+        Gradients stop at the layer's own: each learns what those before it leave to be told.
+        """
+        if layer_idx > 0:
+            logits = logits + self.totals[layer_idx - 1].to(logits.device)
+        if len(self.totals) == layer_idx:  # gradient checkpointing runs a layer again, and finds what it found
+            self.totals.append(logits.detach())
+        return logits
+
+
 class Routing(NamedTuple):
-    """What the routers need to know of one forward pass. Read-only, shared by all layers."""
+    """What the routers need to know of one forward pass, shared by all layers; read-only but for `evidence`."""
 
     token_mask: Tensor
     """(B, T) bool, or (1, 1) where every token is routed: False for padding and for tokens that no domain owns."""
@@ -26,6 +47,8 @@ class Routing(NamedTuple):
     """(B, T) int: where a token's own packed sequence starts; None where each row is one sequence."""
     forced_expert: Tensor | None
     """(B,) int: the expert that every token of a row goes to, or -1 for the router's own choice."""
+    evidence: LayerEvidence
+    """What earlier layers said, for routers that count on it."""
     context_mask: Tensor | None = None
     """(B, T) bool: the tokens that count in means; None where those are all that are routed."""
     attended: Tensor | None = None
@@ -238,9 +261,13 @@ class ContextRouter(nn.Module):
     generation has to carry is K sums and a count. Always float32: in bfloat16 near-ties flip.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, context: str, absolute: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, num_experts: int, layer_idx: int, context: str, absolute: bool, adds_layers: bool
+    ) -> None:
         super().__init__()
+        self.layer_idx = layer_idx
         self.absolute = absolute
+        self.adds_layers = adds_layers
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32))
         self.context = context
@@ -249,9 +276,11 @@ class ContextRouter(nn.Module):
     def forward(self, hidden: Tensor, routing: Routing, cache_layer: Any = None) -> Tensor:
         """Return router logits, float32 (B, T, K), from the FFN's input (B, T, H)."""
         if not torch.is_autocast_enabled(hidden.device.type):  # to ask costs less than to switch it off
-            return self.blend(hidden, routing, cache_layer)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.blend(hidden, routing, cache_layer)
+            logits = self.blend(hidden, routing, cache_layer)
+        else:
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = self.blend(hidden, routing, cache_layer)
+        return routing.evidence.add(self.layer_idx, logits) if self.adds_layers else logits
 
     def blend(self, hidden: Tensor, routing: Routing, cache_layer: Any) -> Tensor:
         """Mix each token's scores with the mean over its context."""

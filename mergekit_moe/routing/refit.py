@@ -38,8 +38,8 @@ def fold_bias(weight_KH: Tensor, bias_K: Tensor, mean_H: Tensor, second_HH: Tens
 def plain_gates(model: "PreTrainedModel", proxies: "Dataset", shrinkage: float = 0.1) -> tuple[Tensor, str]:
     """Return gates (L, K, H), float32, and how they came about; the model's own routers become these gates.
 
-    A router without context keeps its weights and gets its bias folded in; one with context is fitted again,
-    as LDA on the tokens' own FFN inputs, at the temperature that suits it.
+    A router that goes by its token alone keeps its weights and gets its bias folded in; one with context, or that adds
+    up layers, is fitted again, as LDA on the tokens' own FFN inputs, at the temperature that suits it.
 
     Args:
         proxies: tokenised rows with a column `expert`, at least one of every expert.
@@ -54,6 +54,7 @@ def plain_gates(model: "PreTrainedModel", proxies: "Dataset", shrinkage: float =
     again = (
         model.config.router_context != "none"
         or model.config.router_absolute_scores
+        or model.config.router_adds_layers
         or (model.config.router_input_norm and model.config.num_experts_per_tok > 1)
     )
     if again:
@@ -68,7 +69,7 @@ def plain_gates(model: "PreTrainedModel", proxies: "Dataset", shrinkage: float =
             router.weight.copy_(folded)
             router.bias.zero_()
             router.context_logit = None
-            router.absolute = False
+            router.absolute = router.adds_layers = False
         if again:
             for router, scale in zip(routers, best_scales(model, proxies), strict=True):
                 router.weight.mul_(scale)

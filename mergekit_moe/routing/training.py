@@ -276,8 +276,8 @@ def best_scales(model: "PreTrainedModel", proxies: "Dataset") -> list[float]:
     """Return, for each layer, the factor on the router's logits at which the domain loss is least.
 
     Closed forms take a token's prefix means for independent evidence and come out far too sure. The
-    choice of experts doesn't change with the factor; that probabilities are not saturated lets the
-    task's gradient through.
+    choice of experts doesn't change with the factor (where layers add up they share one); that probabilities
+    are not saturated lets the task's gradient through.
     """
     model.eval()
     losses = torch.zeros(len(routers_of(model)), len(_SCALES), dtype=torch.float64)
@@ -290,6 +290,8 @@ def best_scales(model: "PreTrainedModel", proxies: "Dataset") -> list[float]:
             for layer, call in enumerate(calls):
                 for i, scale in enumerate(_SCALES):
                     losses[layer, i] += float(F.cross_entropy(call.logits[routed] * scale, owner, reduction="sum"))
+    if routers_of(model)[0].adds_layers:
+        losses = losses.sum(dim=0, keepdim=True).expand_as(losses)
     return [_SCALES[i] for i in losses.argmin(dim=1).tolist()]
 
 

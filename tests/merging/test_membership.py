@@ -105,6 +105,7 @@ def test_fitted_routers_are_fitted_again_without_touching_an_expert(
     drop_expert(tmp_path / "three", "tuned", tmp_path / "one-less", proxies=proxies)
     add_expert(tmp_path / "one-less", str(sources["tuned"]), tmp_path / "again", name="tuned", proxies=proxies)
     three, again = load_model(tmp_path / "three"), load_model(tmp_path / "again")
+    assert three.config.router_adds_layers == again.config.router_adds_layers == router.adds_layers
     for one, other in zip(routers_of(three), routers_of(again), strict=True):
         assert one.weight.abs().max() > 0
         torch.testing.assert_close(one.weight[[0, 2, 1]], other.weight, atol=1e-6, rtol=1e-4)

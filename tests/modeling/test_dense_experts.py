@@ -11,7 +11,7 @@ from test_modeling import blocks_of, logits
 from transformers import PreTrainedModel
 
 from mergekit_moe.modeling.experts_metamoe import BlockCall
-from mergekit_moe.modeling.routing_metamoe import Routing, expert_weights
+from mergekit_moe.modeling.routing_metamoe import LayerEvidence, Routing, expert_weights
 
 MIXED = (2, None, 0, None)
 
@@ -108,7 +108,7 @@ def test_a_mixture_of_both_kinds_is_the_weighted_sum(family: str, top_k: int, re
     """Against the definition: each expert's own output, one at a time, weighted."""
     moe = tiny_moe(family, MIXED, num_experts_per_tok=top_k, norm_topk_prob=renormalise)
     block, hidden = moe.model.layers[1].mlp, torch.randn(2, 7, 32)
-    routing = Routing(torch.tensor([[True, True, False, True, True, True, True]] * 2), None, None)
+    routing = Routing(torch.tensor([[True, True, False, True, True, True, True]] * 2), None, None, LayerEvidence())
 
     def run(routing: Routing) -> torch.Tensor:
         block.call = BlockCall(routing, None, norm_follows=False)
@@ -119,7 +119,7 @@ def test_a_mixture_of_both_kinds_is_the_weighted_sum(family: str, top_k: int, re
         weights = torch.ones_like(indices, dtype=torch.float32) if weights is None else weights
         given = run(routing)
     block.top_k, block.renormalise = 1, True
-    everywhere = Routing(torch.ones(2, 7).bool(), None, None)
+    everywhere = Routing(torch.ones(2, 7).bool(), None, None, LayerEvidence())
     expected = torch.zeros_like(given)
     with torch.no_grad():
         for expert in range(4):

@@ -77,7 +77,8 @@ def test_identical_experts_reproduce_the_dense_expert(encoder: str, top_k: int) 
 def test_experts_without_difference_reproduce_the_seed(encoder: str) -> None:
     moe, dense = tiny_moe(encoder, (0, 0)), tiny_dense(encoder)
     dense.load_state_dict(without_experts(moe))
-    assert torch.equal(states(moe, **inputs(encoder)), states(dense, **inputs(encoder)))
+    # Not bit by bit: some processors multiply a batch of one shape otherwise than one of another.
+    torch.testing.assert_close(states(moe, **inputs(encoder)), states(dense, **inputs(encoder)), atol=1e-12, rtol=0)
 
 
 def test_a_row_is_the_same_alone_and_in_any_batch(encoder: str) -> None:

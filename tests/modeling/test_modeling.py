@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from mergekit_moe.architectures import ARCHITECTURES
 from mergekit_moe.modeling import FAMILIES
 from mergekit_moe.modeling.experts_metamoe import BlockCall, MoeBlock
-from mergekit_moe.modeling.routing_metamoe import Routing, expert_weights
+from mergekit_moe.modeling.routing_metamoe import LayerEvidence, Routing, expert_weights
 from mergekit_moe.models import recorded_routers, routers_of
 
 
@@ -334,4 +334,4 @@ def test_a_wrong_config_is_refused(settings: dict[str, object], message: str) ->
 
 
 def _routing(token_mask: torch.Tensor) -> object:
-    return Routing(token_mask, None, None)
+    return Routing(token_mask, None, None, LayerEvidence())
