@@ -42,6 +42,7 @@ METHODS: dict[str, Method] = {
             "router": {
                 "start": "linear",
                 "context": "none",
+                "add_layers": False,
                 "training": {**_TASK_ALONE, "balance_weight": 0.01, "learning_rate": 1e-2, "epochs": 3},
             },
         },
@@ -55,6 +56,7 @@ METHODS: dict[str, Method] = {
             "router": {
                 "start": "flexolmo",
                 "context": "none",
+                "add_layers": False,
                 "training": {**_TASK_ALONE, "learning_rate": 1e-2, "epochs": 3},
             },
         },
@@ -67,6 +69,7 @@ METHODS: dict[str, Method] = {
             "router": {
                 "start": "means",
                 "context_weight": 0.5,
+                "add_layers": False,
                 "training": {**_TASK_ALONE, "trains": "router+experts", "learning_rate": 1e-4, "epochs": 1},
             },
         },

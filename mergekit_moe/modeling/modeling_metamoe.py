@@ -3,6 +3,7 @@
 Shipped inside every checkpoint, so it imports nothing but torch and transformers. Nothing is forked:
 `MetaMoe<Family>Model`, `MetaMoe<Family>ForCausalLM` and other heads are generated on first use as
 subclasses of the native classes; attention, caches, masks, heads and generation stay the library's.
+Whole FFNs stand behind its `@use_experts_implementation` (dense_metamoe.py).
 
 Shapes: B batch, T tokens of this call, H hidden, K experts.
 """

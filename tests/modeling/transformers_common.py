@@ -112,8 +112,8 @@ def ours(family: str, *experts: dict[str, Any], **settings: Any) -> type:
 
 
 MetaMoeLlamaTest, LlamaTest = ours("Llama", DENSE, LORA), native("Llama")
-MetaMoeLlamaLoraTest = ours("Llama", LORA, LORA, LORA)
-MetaMoeQwen3Test = ours("Qwen3", DENSE, LORA, LORA, num_experts_per_tok=2, head_dim=8)
+MetaMoeLlamaLoraTest = ours("Llama", LORA, LORA, LORA, router_adds_layers=True)
+MetaMoeQwen3Test = ours("Qwen3", DENSE, LORA, LORA, num_experts_per_tok=2, head_dim=8, router_adds_layers=True)
 MetaMoeGemma2Test = ours("Gemma2", DENSE, LORA, head_dim=8)
 Qwen3Test, Gemma2Test = (native(family, head_dim=8) for family in ("Qwen3", "Gemma2"))
 MixtralTest = native("Mixtral", num_local_experts=2, head_dim=8)
