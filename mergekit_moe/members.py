@@ -102,8 +102,6 @@ def _blank(partial: Path) -> Iterator[Path]:
 def _to_be_fitted(unified: Unified) -> Unified:
     """Return the model as one whose routers come from proxies, by LDA, whatever they came from before."""
     config = {**unified.config, "router_absolute_scores": False}
-    if not unified.fitted:
-        config["router_adds_layers"] = Router(start="lda").adds_layers
     return unified._replace(config=config, report={**unified.report, "router_start": "lda"})
 
 

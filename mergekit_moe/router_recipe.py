@@ -86,24 +86,17 @@ class Router(Spec):
     (`hidden`) or of token embeddings (`cheap-embed`), as mergekit-moe has them. `linear` is random, for training to
     replace (BTX). Without any proxy: all experts alike (`uniform`, for `top_k` of all), at `random`, or by the
     direction of the input that each expert's weights answer most (`arrow`)."""
-    shrinkage: float = Field(0.5, ge=0, le=1)
+    shrinkage: float = Field(1.0, ge=0, le=1)
     """How far `lda` and `ridge` take the covariance that they divide by towards its diagonal. At 1 every dimension
-    stands for itself, which holds up better the less the proxies resemble the clients' own text; towards 0,
-    combinations of dimensions tell apart what one alone can't. Half and half lost least over the benchmarks
-    (recipes/benchmarks)."""
-    add_layers: bool | None = None
-    """Whether each layer adds to its router's logits those of all layers before it (evidence over layers), so that one
-    that can't tell the domains apart goes by what was told already. Where nothing is said, closed forms of the proxies
-    do: `lda`, `ridge` and `centroid`."""
+    stands for itself, which asks least of the proxies: their tokens share contexts, so that they are few beside a
+    large model's dimensions, and they aren't the clients' own text. Small models may gain by less."""
+    add_layers: bool = False
+    """Whether each layer adds to its router's logits those of all layers before it (evidence over layers): for models
+    whose later layers tell the domains apart less well than the first, as the image towers that were tried do."""
     training: RouterTraining | None = RouterTraining()
     """null keeps the closed form."""
     max_length: int = Field(512, ge=16)
     """Tokens of a proxy that are read."""
-
-    @property
-    def adds_layers(self) -> bool:
-        """Whether the model that is made adds up its layers' logits."""
-        return self.start in ("lda", "ridge", "centroid") if self.add_layers is None else self.add_layers
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -114,14 +114,6 @@ def test_several_mistakes_are_reported_together(tmp_path: Path) -> None:
     assert len(str(error.value).splitlines()) == 2
 
 
-@pytest.mark.parametrize("start", ["lda", "ridge", "centroid", "means", "flexolmo", "arrow", "random"])
-def test_closed_forms_of_the_proxies_add_up_layers_if_nothing_is_said(tmp_path: Path, start: str) -> None:
-    said = {said: load(tmp_path, router={"start": start, "add_layers": said}).router for said in (True, False, None)}
-    assert said[True].adds_layers
-    assert not said[False].adds_layers
-    assert said[None].adds_layers == (start in ("lda", "ridge", "centroid"))
-
-
 @pytest.mark.parametrize("text", ["- a\n", "a: [", "", "\x00"])
 def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "r.yaml"

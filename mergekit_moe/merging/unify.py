@@ -109,7 +109,7 @@ def moe_config(
         "norm_topk_prob": merge.renormalise,
         "router_context": router.context,
         "router_absolute_scores": router.start == "arrow",
-        "router_adds_layers": router.adds_layers,
+        "router_adds_layers": router.add_layers,
         "router_excluded_token_ids": excluded,
     }
     return typed_config(config, merge.dtype)

@@ -96,7 +96,7 @@ def test_fitted_routers_are_fitted_again_without_touching_an_expert(
     words = {"plain": "quick brown fox", "tuned": "over the lazy dog", "pattern": "0123 456 789"}
     rows = [{"text": f"{text} {i}", "expert": name} for name, text in words.items() for i in range(12)]
     proxies = write_jsonl(tmp_path / "proxies.jsonl", rows)
-    router = Router(start="lda", context_weight=0.8)
+    router = Router(start="lda", context_weight=0.8, add_layers=True)
     two = merge(base_folder, experts(base_folder, sources, "plain", "tuned"), tmp_path / "two", router)
     with pytest.raises(ExpertError, match="were fitted on proxies, and the new expert's rows need its own"):
         add_expert(two, str(sources["pattern"]), tmp_path / "none", name="pattern")
@@ -105,7 +105,8 @@ def test_fitted_routers_are_fitted_again_without_touching_an_expert(
     drop_expert(tmp_path / "three", "tuned", tmp_path / "one-less", proxies=proxies)
     add_expert(tmp_path / "one-less", str(sources["tuned"]), tmp_path / "again", name="tuned", proxies=proxies)
     three, again = load_model(tmp_path / "three"), load_model(tmp_path / "again")
-    assert three.config.router_adds_layers == again.config.router_adds_layers == router.adds_layers
+    assert three.config.router_adds_layers
+    assert again.config.router_adds_layers
     for one, other in zip(routers_of(three), routers_of(again), strict=True):
         assert one.weight.abs().max() > 0
         torch.testing.assert_close(one.weight[[0, 2, 1]], other.weight, atol=1e-6, rtol=1e-4)
