@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from mergekit_moe.data import collate
 from mergekit_moe.recipe import Training
@@ -54,6 +63,29 @@ class PartTrainer(Trainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+class LossLines(TrainerCallback):
+    """A line about the loss with every entry of the log: in a file there is no bar to look at."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        losses = _losses(logs or {})
+        if state.is_local_process_zero and losses:
+            print(f"  step {state.global_step:,} of {state.max_steps:,}: {losses}", flush=True)
+
+
+class LossBar(ProgressCallback):
+    """The Trainer's bar, with the loss beside it in place of a line for every entry of the log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        losses = _losses(logs or {})
+        if self.training_bar is not None and losses:
+            self.training_bar.set_postfix_str(losses)
+
+
+def _losses(log: dict[str, Any]) -> str:
+    names = {"loss": "loss", "eval_loss": "held-out loss"}
+    return ", ".join(f"{name} {float(log[key]):.4f}" for key, name in names.items() if key in log)
 
 
 def train(
@@ -115,6 +147,9 @@ def train(
     # Not by `optim`: not every release of the library hands its arguments on to SGD.
     chosen = None if settings.optimizer == "adamw" else optimizer_of(settings)
     run = trainer(model=model, args=arguments, callbacks=callbacks, optimizer_cls_and_kwargs=chosen, **data)
+    for callback in (PrinterCallback, ProgressCallback):
+        run.remove_callback(callback)
+    run.add_callback(LossLines if arguments.disable_tqdm else LossBar)
     _go_on(run, _last_checkpoint(scratch))
     wait_for_everyone()
     if is_main_process():

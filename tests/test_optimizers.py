@@ -66,3 +66,10 @@ def test_sgd_takes_the_steps_of_its_definition(tmp_path: Path, changes: dict[str
 def test_momentum_without_sgd_is_refused() -> None:
     with pytest.raises(ValidationError, match="'momentum' is sgd's, and optimizer is adamw; drop it, or set optimizer"):
         Alignment(momentum=0.9)
+
+
+def test_a_log_file_gets_a_line_about_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Training(max_steps=STEPS, batch_size=4)
+    log = train(one_weight_trains(), rows(), settings, seed=0, folder=tmp_path)
+    expected = [f"  step {n} of {STEPS}: loss {entry['loss']:.4f}" for n, entry in enumerate(log, start=1)]
+    assert capsys.readouterr().out.splitlines() == expected

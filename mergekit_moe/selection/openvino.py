@@ -24,6 +24,7 @@ def accelerate(embedder: Any) -> None:
 
     before = embedder.encode(list(_TRIALS), normalize_embeddings=True)
     network = embedder[0].model
+    network.loss_type = "ForCausalLM"  # tracing looks at every property, and a model without a head warns of its loss
     inputs = dict(embedder.tokenizer(["a", "b c"], padding=True, return_tensors="pt"))
     try:
         with warnings.catch_warnings():
