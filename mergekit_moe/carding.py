@@ -204,6 +204,8 @@ def place_card(job: Job) -> None:
 def describe_router(router: Router, fitted: dict[str, Any] | None) -> str:
     """Return in words how tokens find their expert, and what the fit on proxies reached."""
     linear = f"Linear in each layer's FFN input, with {_CONTEXTS[router.context]}"
+    if router.add_layers:
+        linear += ", and added to what all layers before it said"
     if fitted is None:
         return f"{linear}; it {_STARTS[router.start]}. No proxies were used."
     closed = f"in closed form (`{router.start}`) from the proxies"

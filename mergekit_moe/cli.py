@@ -253,9 +253,10 @@ def inspect(
     base = found["base_model"]
     at = f" at {base['revision'][:7]}" if base["revision"] else ""
     router = found["router"]
+    added = ", layers added up" if router["adds_layers"] else ""
     console.print(
         f"{found['model_type']}, base {base['source']}{at}, {found['bytes'] / 1e6:,.1f} MB; top-{found['top_k']}, "
-        f"router {router['start']}, context {router['context']}",
+        f"router {router['start']}, context {router['context']}{added}",
         highlight=False,
         soft_wrap=True,
     )

@@ -142,6 +142,10 @@ def inspect_model(folder: Path) -> dict[str, Any]:
         "model_type": unified.config["model_type"],
         "bytes": sum(unified.weights.nbytes(name) for name in unified.weights),
         "top_k": unified.config["num_experts_per_tok"],
-        "router": {"start": unified.report["router_start"], "context": unified.config["router_context"]},
+        "router": {
+            "start": unified.report["router_start"],
+            "context": unified.config["router_context"],
+            "adds_layers": unified.config["router_adds_layers"],
+        },
         "experts": experts,
     }

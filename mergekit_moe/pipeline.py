@@ -174,7 +174,7 @@ def steps(job: Job) -> Iterator[Step]:
     router = job.router
     inputs = {
         "merge": recipe.merge.model_dump(mode="json"),
-        "router": [router.start, router.context, router.context_weight],
+        "router": [router.start, router.context, router.context_weight, router.add_layers],
         "base": job.base_stamp,
     }
     yield Step("merge", "merged", inputs | experts | seed, lambda out: _merge(job, out))

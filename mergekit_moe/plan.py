@@ -53,7 +53,8 @@ def plan(job: Job, *, merging: bool = True, base: bool = True, carding: bool = F
         raise DataError("\n".join(problems))
     router, merge = job.recipe.router if not base else job.router, job.recipe.merge
     if merge.method == "moe":
-        lines.append(("router", f"{router.start}, context {router.context}, top-{merge.top_k}"))
+        added = ", layers added up" if router.add_layers else ""
+        lines.append(("router", f"{router.start}, context {router.context}{added}, top-{merge.top_k}"))
     return lines
 
 

@@ -152,19 +152,31 @@ def test_a_second_run_does_nothing(finished: tuple[Path, Path, str]) -> None:
     assert {path: path.stat().st_mtime_ns for path in workspace.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("part", "setting", "redone"),
+    [
+        ("evaluation", {"max_rows": 3}, ["evaluation", "card"]),
+        ("router", {"add_layers": True}, ["merged", "model", "evaluation", "card"]),
+    ],
+)
 def test_a_changed_recipe_redoes_only_what_depends_on_it(
-    finished: tuple[Path, Path, str], tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+    finished: tuple[Path, Path, str],
+    tmp_path: Path,
+    command: Callable[..., tuple[int, str, str]],
+    part: str,
+    setting: dict[str, Any],
+    redone: list[str],
 ) -> None:
     recipe, workspace, _ = finished
     values = yaml.safe_load(recipe.read_text())
-    values["evaluation"] = {"max_rows": 3}
+    values[part] = {**values.get(part, {}), **setting}
     changed = tmp_path / recipe.name  # the same name: it is part of what is published
     changed.write_text(yaml.safe_dump(values))
     copy = tmp_path / "ws"
     shutil.copytree(workspace, copy)
     _, printed, _ = command("run", changed, "--workspace", copy, "--data-dir", recipe.parent)
     built = [line.split(":")[0] for line in printed.splitlines() if line.endswith("building")]
-    assert built == ["evaluation", "card"]
+    assert built == redone
 
 
 _KILLED_IN_TRAINING = """

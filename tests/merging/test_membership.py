@@ -153,8 +153,9 @@ def test_what_cannot_be_added_is_one_sentence(base_folder: Path, tmp_path: Path,
 def test_inspect_tells_what_was_merged(base_folder: Path, tmp_path: Path, sources: dict[str, Path]) -> None:
     (sources["plain"] / "README.md").write_text("---\nlicense: mit\n---\n")
     members = experts(base_folder, sources, "plain", "tuned", "pattern")
-    out = merge(base_folder, members, tmp_path / "moe", Router(start="random"), anchor=True)
+    out = merge(base_folder, members, tmp_path / "moe", Router(start="random", add_layers=True), anchor=True)
     found = inspect_model(out)
+    assert found["router"] == {"start": "random", "context": "prefix", "adds_layers": True}
     assert [expert["name"] for expert in found["experts"]] == ["plain", "tuned", "pattern", "anchor"]
     assert found["base_model"] == {"source": "base", "revision": None}
     plain, tuned, pattern, anchor = found["experts"]
