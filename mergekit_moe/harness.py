@@ -9,6 +9,8 @@ import torch
 from datasets.exceptions import DatasetsError
 from torch.nn import functional as F
 
+from mergekit_moe.architectures import is_encoder
+from mergekit_moe.checkpoint import read_config
 from mergekit_moe.data import IGNORED, collate
 from mergekit_moe.errors import HarnessError
 from mergekit_moe.models import load_model, load_tokenizer, scored_inputs
@@ -42,6 +44,8 @@ def run_harness(
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise HarnessError(f"{folder} has no {name}; give the folder of a causal language model with its tokenizer")
+    if is_encoder(read_config(folder, "config.json", str(folder))):
+        raise HarnessError(f"{folder} is an encoder, and the harness judges models that write; try `metamoe evaluate`")
     if not tasks:
         raise HarnessError("--tasks names none; give names of tasks or groups, such as arc_easy,hellaswag")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -138,6 +138,12 @@ def test_what_can_t_be_done_is_one_sentence(tasks: Path, tmp_path: Path, command
     code, _, errors = command("harness", folder, "--tasks", ",")
     assert code == 2
     assert "--tasks names none" in errors
+    encoder = tmp_path / "encoder"
+    tiny_moe("CLIP").save_pretrained(encoder)
+    (encoder / "tokenizer_config.json").write_text("{}")
+    code, _, errors = command("harness", encoder, "--tasks", "tiny_choices", "--include-path", tasks)
+    assert code == 2
+    assert "is an encoder, and the harness judges models that write" in errors
     (tmp_path / "d.jsonl").unlink()
     code, _, errors = command("harness", folder, "--tasks", "tiny_choices", "--include-path", tasks)
     assert (code, errors.count("error:")) == (2, 1)
