@@ -441,8 +441,3 @@ def labels_of(job: Job) -> "Labels | None":
         raise DataError(f"held-out rows have the label '{unknown[0]}', which no expert's head knows; leave them out")
     weight, bias = (planned.make().float() for planned in head.tensors)
     return Labels(list(head.labels), weight, 1.0, bias)
-
-
-def _proxy_shares(job: Job) -> dict[str, dict[str, float]]:
-    reports = {c.name: read_json(job.workspace.folder(f"proxies/{c.name}") / selecting.SELECTION) for c in job.clients}
-    return {name: report["tag_shares"] for name, report in reports.items() if "tag_shares" in report}

@@ -68,11 +68,6 @@ class Privacy(Spec):
     statistics: PrivateStatistics = PrivateStatistics()
     expert: PrivateExpert | None = None
 
-    @property
-    def noises(self) -> bool:
-        """Whether any mechanism is asked for."""
-        return self.relevance is not None or self.statistics.private or self.expert is not None
-
 
 def forbid_unaccounted(name: str, privacy: Privacy, recipe: "Recipe") -> None:
     """Raise ValueError where something that a client publishes would depend on private rows past the accountant.
