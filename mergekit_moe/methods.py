@@ -75,6 +75,7 @@ METHODS: dict[str, Method] = {
         },
     ),
     "ours": Method("ours", "ours", {}),
+    "ours-top-1": Method("ours, one expert a token", "ours", {"merge": {"top_k": 1}}),
     "ours-top-2": Method("ours, two experts a token", "ours", {"merge": {"top_k": 2}}),
     "unrestricted": Method("router on private data (ceiling)", "ceiling", {}, private=True),
 }
@@ -90,6 +91,8 @@ def methods_of(recipe: Recipe) -> dict[str, Method]:
         f"ablation-{name}": Method(name.replace("-", " "), "ablation", changes)
         for name, changes in recipe.comparison.ablations.items()
     }
-    # To weigh experts by how well they read a text takes models that read.
-    known = {name: m for name, m in METHODS.items() if not (recipe.matches_labels and name == "btm-posterior")}
+    out = {f"ours-top-{recipe.merge.top_k}"}  # the recipe's own row is that
+    if recipe.matches_labels:
+        out.add("btm-posterior")  # to weigh experts by how well they read a text takes models that read
+    known = {name: method for name, method in METHODS.items() if name not in out}
     return {"seed": METHODS["seed"], **experts, **known, **ablations}

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from test_pipeline import metamoe, tiny_recipe, write_jsonl
 
-from mergekit_moe.methods import METHODS
+from mergekit_moe.methods import METHODS, methods_of
+from mergekit_moe.recipe_file import change_recipe, load_recipe
 
 EXPERTS = ("cooking", "sailing", "algebra")
 RUN = ("seed", *(f"expert-{name}" for name in EXPERTS), "soup", "btm", "ours", "unrestricted")
@@ -123,3 +124,13 @@ def test_bad_comparisons_are_refused_before_any_work(
 def test_every_method_says_what_it_is() -> None:
     assert {method.group for method in METHODS.values()} == {"reference", "baseline", "ours", "ceiling"}
     assert [name for name, method in METHODS.items() if method.private] == ["unrestricted"]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "beside"), [(1, {"ours-top-2"}), (2, {"ours-top-1"}), (3, {"ours-top-1", "ours-top-2"})]
+)
+def test_how_many_experts_a_token_is_a_row_unless_the_recipe_is_that(
+    top_k: int, beside: set[str], tmp_path: Path
+) -> None:
+    recipe = change_recipe(load_recipe(tiny_recipe(tmp_path)), {"merge": {"top_k": top_k}}, "test")
+    assert {name for name in methods_of(recipe) if name.startswith("ours-")} == beside
