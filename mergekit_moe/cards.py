@@ -113,10 +113,11 @@ def dataset_metadata(*, license: str, rows: int, sources: list[str], file: str) 
 def public_recipe(recipe: Recipe) -> str:
     """Return the recipe as YAML without what describes private data, or where data lies on a machine."""
     values = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"data_dir"})
-    values["experts"] = [
-        {key: placeless(value) for key, value in expert.items() if key not in ("client", "test")}
-        for expert in values["experts"]
-    ]
+    for expert in values["experts"]:
+        for private in ("client", "test"):
+            expert.pop(private, None)
+        if "source" in expert:
+            expert["source"] = placeless(expert["source"])
     if isinstance(values["base_model"], str):
         values["base_model"] = placeless(values["base_model"])
     pools = values.get("public_pool", [])

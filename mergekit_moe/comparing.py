@@ -5,6 +5,7 @@ proxies, experts, `variants/NAME` where an ablation selects or aligns anew, and 
 """
 
 import functools
+import json
 import random
 import shutil
 import time
@@ -19,7 +20,7 @@ from mergekit_moe.job import Job
 from mergekit_moe.methods import ORACLE, Method, methods_of
 from mergekit_moe.recipe import ANCHOR, ExpertSource, Recipe, TrainedSeed
 from mergekit_moe.recipe_file import change_recipe
-from mergekit_moe.workspace import Workspace, read_json, write_json
+from mergekit_moe.workspace import MANIFEST, Workspace, process_state, read_json, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +34,8 @@ _ALIGNING = ("alignment", "privacy")
 """Parts of a recipe that a client's expert depends on."""
 _UNIFYING = ("public_pool", "data_dir", "seed", "merge", "router")
 """Parts that are all that who unifies published experts needs."""
+_CHANGEABLE = {"selection", "alignment", "privacy", "merge", "router", "evaluation", "experts"}
+"""Parts that an ablation may change; of experts only what judges them."""
 _FOR_MOE = ("merge", "router", "export")
 """Parts that a recipe for one dense model can't have as they are."""
 
@@ -47,6 +50,7 @@ def compare(job: Job, *, only: Sequence[str] = (), seeds: Sequence[str] = ()) ->
     Raises:
         MetaMoeError: for whatever a user can have got wrong.
     """
+    _require_comparable(job.recipe)
     methods, chosen = _chosen(job.recipe, only), _numbers(seeds)
     jobs = list(_jobs_of_seeds(job, sorted({*job.recipe.comparison.seeds, *chosen})))
     for of_seed in jobs:
@@ -60,6 +64,24 @@ def compare(job: Job, *, only: Sequence[str] = (), seeds: Sequence[str] = ()) ->
     return _write_comparison(job, jobs)
 
 
+def _require_comparable(recipe: Recipe) -> None:
+    """Raise RecipeError for what can't be put side by side, before any work."""
+    if process_state().num_processes > 1:
+        raise RecipeError("compare runs in one process; start it without `accelerate launch`")
+    if recipe.merge.method != "moe":
+        raise RecipeError(
+            f"merge.method {recipe.merge.method}: compare has a row for it already, and its own are MoEs; drop it"
+        )
+    if not any(expert.client is not None or expert.test is not None for expert in recipe.experts):
+        raise RecipeError("no expert has held-out rows to compare methods by; give 'test' to one")
+    for expert in recipe.experts:
+        if expert.proxies == "expert-gain":
+            raise RecipeError(
+                f"expert '{expert.name}': compare unifies what experts published, and this one published no proxies "
+                "(`proxies: expert-gain`); leave it out"
+            )
+
+
 def _chosen(recipe: Recipe, only: Sequence[str]) -> dict[str, Method]:
     """Return the methods to run, all of whose changes make sense."""
     methods = methods_of(recipe)
@@ -67,14 +89,20 @@ def _chosen(recipe: Recipe, only: Sequence[str]) -> dict[str, Method]:
         if name not in methods:
             raise RecipeError(f"there is no method '{name}' to compare; there are {', '.join(methods)}")
     for name, method in methods.items():
-        if method.group == "ablation":
-            change_recipe(recipe, method.changes or {}, f"comparison.ablations.{name.removeprefix('ablation-')}")
+        if method.group != "ablation":
+            continue
+        what = f"comparison.ablations.{name.removeprefix('ablation-')}"
+        change_recipe(recipe, method.changes or {}, what)
+        for part in (method.changes or {}).keys() - _CHANGEABLE:
+            raise RecipeError(
+                f"{what}.{part}: all methods share it; an ablation changes {', '.join(sorted(_CHANGEABLE))}"
+            )
     return {name: method for name, method in methods.items() if not only or name in only}
 
 
 def _numbers(seeds: Sequence[str]) -> list[int]:
     for seed in seeds:
-        if not seed.isdigit():
+        if not seed.isdecimal():
             raise RecipeError(f"--seeds: {seed!r} is no number; give random seeds such as 0,1,2")
     return [int(seed) for seed in seeds]
 
@@ -98,14 +126,15 @@ def _jobs_of_seeds(job: Job, seeds: list[int]) -> Iterator[Job]:
 def _measure_method(job: Job, name: str, method: Method) -> None:
     """Make the result of one method for one random seed."""
     changes = method.changes or {}
-    changed = change_recipe(job.recipe, changes, f"comparison.{name}", without=_FOR_MOE if method.dense else ())
+    changed = _changed(job.recipe, name, method)
     judged = Job(changed, job.name, job.workspace)
     variant = _variant(job, name, changes)
     experts = variant if changes.keys() & set(_ALIGNING) else job
     picked = {source.name: _picked(experts, variant, source) for source in job.recipe.experts}
+    tasks = [task.model_dump(mode="json") for expert in changed.experts if (task := expert.task)]
     inputs = {
-        "method": [changes, method.private and [job.recipe.comparison.ceiling_rows, "at random"]],
-        "recipe": {key: getattr(changed, key).model_dump(mode="json") for key in _judging(changed, method)},
+        **_asked(job.recipe, changed, method),
+        **({"tasks": tasks} if tasks else {}),
         "base": job.base_identity,
         "experts": experts.expert_identities(),
         "proxies": list(picked.values()),
@@ -115,6 +144,19 @@ def _measure_method(job: Job, name: str, method: Method) -> None:
     }
     make = functools.partial(_measure, experts, judged, name, method, picked)
     job.workspace.build(f"methods/{name}", inputs, make)
+
+
+def _changed(recipe: Recipe, name: str, method: Method) -> Recipe:
+    without = _FOR_MOE if method.dense else ()
+    return change_recipe(recipe, method.changes or {}, f"comparison.{name}", without=without)
+
+
+def _asked(recipe: Recipe, changed: Recipe, method: Method) -> dict[str, Any]:
+    """Return what of a method's inputs the recipe alone tells: where it changed since, a result is an old one."""
+    return {
+        "method": [method.changes or {}, method.private and [recipe.comparison.ceiling_rows, "at random"]],
+        "recipe": {key: getattr(changed, key).model_dump(mode="json") for key in _judging(changed, method)},
+    }
 
 
 def _judging(recipe: Recipe, method: Method) -> tuple[str, ...]:
@@ -241,6 +283,18 @@ def _trained_parameters(sub: Job, model: Any) -> int:
     return sum(parameter.numel() for parameter in trainable(model, training).values())
 
 
+def _is_of_this_recipe(folder: Path, job: Job, name: str, method: Method) -> bool:
+    """Whether a result is there, and the recipe still asks for what it was measured with; else it is told."""
+    if not (folder / RESULT).is_file():
+        return False
+    made_with = read_json(folder / MANIFEST)["inputs"]
+    asked = json.loads(json.dumps(_asked(job.recipe, _changed(job.recipe, name, method), method)))
+    if all(made_with.get(key) == value for key, value in asked.items()):
+        return True
+    job.workspace.report(f"{folder.name}, random seed {job.recipe.seed}: of an older recipe, left out; run it again")
+    return False
+
+
 def _write_comparison(job: Job, jobs: list[Job]) -> dict[str, Any]:
     """Put all results that are there together, as JSON, as Markdown and as pictures."""
     from mergekit_moe.evaluation.comparison import assemble, write_tables
@@ -252,9 +306,9 @@ def _write_comparison(job: Job, jobs: list[Job]) -> dict[str, Any]:
             "group": method.group,
             "private": method.private,
             "seeds": {
-                str(of_seed.recipe.seed): read_json(file)
+                str(of_seed.recipe.seed): read_json(folder / RESULT)
                 for of_seed in jobs
-                if (file := of_seed.workspace.folder(f"methods/{name}") / RESULT).is_file()
+                if _is_of_this_recipe(folder := of_seed.workspace.folder(f"methods/{name}"), of_seed, name, method)
             },
         }
         for name, method in methods_of(job.recipe).items()

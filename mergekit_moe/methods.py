@@ -2,10 +2,22 @@
 
 from typing import Any, NamedTuple
 
+from mergekit_moe.image_recipe import is_of_images
 from mergekit_moe.recipe import Recipe
+from mergekit_moe.router_recipe import RouterTraining
 
 ORACLE = "oracle"
-_TASK_ALONE = {"task_weight": 1.0, "domain_weight": 0.0, "batch_size": 16}
+_TASK_ALONE = RouterTraining(task_weight=1.0, domain_weight=0.0, batch_size=16).model_dump(exclude={"bf16"})
+"""Every setting, so that none of the recipe's own training is a baseline's."""
+_PUBLISHED = {**_TASK_ALONE, "trains": "router+experts"}
+_PUBLISHED_ON_IMAGES = {
+    **_PUBLISHED,
+    "optimizer": "sgd",
+    "momentum": 0.9,
+    "learning_rate": 1e-3,
+    "batch_size": 128,
+    "epochs": 5,
+}
 _TOP_2 = {"method": "moe", "top_k": 2, "anchor": False, "renormalise": True}
 
 
@@ -24,6 +36,14 @@ class Method(NamedTuple):
     def dense(self) -> bool:
         """Whether it makes one dense model."""
         return (self.changes or {}).get("merge", {}).get("method", "moe") != "moe"
+
+
+def _metamoe(training: dict[str, Any]) -> dict[str, Any]:
+    """Return the changes that make the published method, by the training of its last stage."""
+    return {
+        "merge": {"method": "moe", "top_k": 1, "anchor": False, "renormalise": False},
+        "router": {"start": "means", "context_weight": 0.5, "add_layers": False, "training": training},
+    }
 
 
 METHODS: dict[str, Method] = {
@@ -64,15 +84,7 @@ METHODS: dict[str, Method] = {
     "metamoe": Method(
         "MetaMoE as published",
         "baseline",
-        {
-            "merge": {"method": "moe", "top_k": 1, "anchor": False, "renormalise": False},
-            "router": {
-                "start": "means",
-                "context_weight": 0.5,
-                "add_layers": False,
-                "training": {**_TASK_ALONE, "trains": "router+experts", "learning_rate": 1e-4, "epochs": 1},
-            },
-        },
+        _metamoe({**_PUBLISHED, "learning_rate": 1e-4, "batch_size": 32, "epochs": 1}),
     ),
     "ours": Method("ours", "ours", {}),
     "ours-top-1": Method("ours, one expert a token", "ours", {"merge": {"top_k": 1}}),
@@ -94,5 +106,9 @@ def methods_of(recipe: Recipe) -> dict[str, Method]:
     out = {f"ours-top-{recipe.merge.top_k}"}  # the recipe's own row is that
     if recipe.matches_labels:
         out.add("btm-posterior")  # to weigh experts by how well they read a text takes models that read
+    if any(expert.client is None for expert in recipe.experts):
+        out.add("unrestricted")  # nobody's private rows are here
     known = {name: method for name, method in METHODS.items() if name not in out}
+    if is_of_images(recipe):
+        known["metamoe"] = known["metamoe"]._replace(changes=_metamoe(_PUBLISHED_ON_IMAGES))
     return {"seed": METHODS["seed"], **experts, **known, **ablations}

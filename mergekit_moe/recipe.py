@@ -22,6 +22,10 @@ ANCHOR = "anchor"
 ExportFormat = Literal["mixtral", "qwen3_moe", "qwen2_moe", "flex_olmo"]
 
 
+RandomSeed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What every library that draws here takes."""
+
+
 class ClientRows(DataSource):
     """Rows of a client's domain, to learn from or to judge by, and what they ask."""
 
@@ -219,7 +223,7 @@ class Evaluation(Spec):
 class Comparison(Spec):
     """What `metamoe compare` puts side by side, beside the methods that it knows."""
 
-    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    seeds: list[RandomSeed] = Field([0, 1, 2], min_length=1)
     """Random seeds. Each selects, aligns and unifies anew; all start from one seed model and one pool."""
     ablations: dict[Annotated[str, Field(pattern=EXPERT_NAME)], dict[str, Any]] = {}
     """Name -> what is changed in this recipe. `selection` changes the proxies that routers are fitted on, and the
@@ -260,7 +264,7 @@ class Recipe(Spec):
     """One is enough for a client's own commands; `merge` and what follows need two."""
     data_dir: str = "."
     """Where relative data paths start; itself relative to the recipe."""
-    seed: int = 0
+    seed: RandomSeed = 0
     """Seeds everything random."""
     selection: Selection = Selection()
     alignment: Alignment = Alignment()

@@ -26,7 +26,7 @@ class Training(Spec):
     """Rows a step on each process, before gradient accumulation."""
     gradient_accumulation: int = Field(1, ge=1)
     warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = 0.0
+    weight_decay: float = Field(0.0, ge=0)
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: float = Field(0.0, ge=0, lt=1)

@@ -9,7 +9,7 @@ from huggingface_hub import DatasetCard, ModelCard
 
 from mergekit_moe import cards
 from mergekit_moe.errors import RecipeError
-from mergekit_moe.recipe import Selection
+from mergekit_moe.recipe import Recipe, Selection
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -152,6 +152,22 @@ def test_metadata_is_read_by_the_hub_s_own_classes() -> None:
     assert (expert.library_name, expert.to_dict()["base_model_relation"]) == ("peft", "adapter")
     proxies = DatasetCard(cards.render("proxies.md.j2", **FACTS["proxies"])).data
     assert (proxies.size_categories, proxies.source_datasets) == (["n<1K"], ["org/pool"])
+
+
+def test_a_recipe_is_shown_without_private_data_and_places() -> None:
+    recipe = Recipe.model_validate(
+        {
+            "base_model": "/somewhere/seed",
+            "public_pool": {"dataset": "/somewhere/pool.jsonl", "text": "{text}"},
+            "experts": [
+                {"name": "law", "source": "/somewhere/law", "same_base": True, "test": {"dataset": "a", "text": "{t}"}},
+                {"name": "art", "client": {"private": {"dataset": "/secret/art.jsonl", "text": "{text}"}}},
+            ],
+        }
+    )
+    shown = yaml.safe_load(cards.public_recipe(recipe))
+    assert shown["base_model"] == "seed" and shown["public_pool"]["dataset"] == "pool.jsonl"
+    assert shown["experts"] == [{"name": "law", "source": "law", "same_base": True}, {"name": "art"}]
 
 
 def test_a_base_in_a_folder_is_no_hub_id() -> None:

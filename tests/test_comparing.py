@@ -1,6 +1,7 @@
 """`metamoe compare` from end to end on made-up text, and what it refuses."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -92,6 +93,18 @@ def test_tables_and_pictures_lie_beside_it_and_no_model_is_left(compared: tuple[
     assert not list((compared[0] / "ws/seeds/0/methods").rglob("*.safetensors"))
 
 
+def test_results_of_an_older_recipe_are_left_out_and_told(compared: tuple[Path, object], tmp_path: Path) -> None:
+    folder = compared[0]
+    recipe = yaml.safe_load((folder / "tiny.yaml").read_text())
+    recipe["merge"] = recipe.get("merge", {}) | {"top_k": 2}
+    (folder / "changed.yaml").write_text(yaml.safe_dump(recipe))
+    shutil.copytree(folder / "ws", tmp_path / "ws")
+    done = metamoe("compare", folder / "changed.yaml", "--workspace", tmp_path / "ws", "--only", "oracle")
+    assert "ours, random seed 0: of an older recipe, left out" in done.stdout
+    left = json.loads((tmp_path / "ws/comparison/comparison.json").read_text())["methods"]
+    assert {"seed", "soup", "btm"} < set(left) and "ours" not in left
+
+
 def test_what_ran_is_not_run_again(compared: tuple[Path, object]) -> None:
     folder = compared[0]
     again = metamoe("compare", folder / "tiny.yaml", "--workspace", folder / "ws", "--only", "ours,soup")
@@ -110,6 +123,13 @@ def test_what_ran_is_not_run_again(compared: tuple[Path, object]) -> None:
             "comparison.ablations.x: unknown key 'rooter'; did you mean 'router'?",
         ),
         ({"ablations": {"x": {"experts": {"law": {}}}}}, [], "ablations.x.experts: there is no expert 'law'"),
+        (
+            {"ablations": {"x": {"seed": 3}}},
+            [],
+            "comparison.ablations.x.seed: all methods share it; an ablation changes",
+        ),
+        ({"seeds": [-1]}, [], "comparison.seeds.0"),
+        ({}, ["--seeds", "²"], "--seeds: '²' is no number"),
     ],
 )
 def test_bad_comparisons_are_refused_before_any_work(
@@ -134,3 +154,53 @@ def test_how_many_experts_a_token_is_a_row_unless_the_recipe_is_that(
 ) -> None:
     recipe = change_recipe(load_recipe(tiny_recipe(tmp_path)), {"merge": {"top_k": top_k}}, "test")
     assert {name for name in methods_of(recipe) if name.startswith("ours-")} == beside
+
+
+def test_what_is_no_comparison_is_refused_before_any_work(tmp_path: Path) -> None:
+    path = tiny_recipe(tmp_path)
+    recipe = yaml.safe_load(path.read_text())
+    names = [expert["name"] for expert in recipe["experts"]]
+    for change, sentence in (
+        ({"merge": {"method": "soup"}}, "merge.method soup: compare has a row for it already"),
+        ({"experts": [{"name": name, "source": name} for name in names]}, "no expert has held-out rows"),
+        (
+            {
+                "base_model": "org/seed",
+                "experts": [*recipe["experts"][:2], {"name": "law", "source": "law", "proxies": "expert-gain"}],
+            },
+            "expert 'law': compare unifies what experts published",
+        ),
+    ):
+        kept = recipe if "merge" not in change else {key: recipe[key] for key in recipe.keys() - {"router", "export"}}
+        path.write_text(yaml.safe_dump(kept | change))
+        done = metamoe("compare", path, "--workspace", tmp_path / "ws", check=False)
+        assert done.returncode == 2 and sentence in " ".join(done.stderr.split()), done.stderr
+        assert not (tmp_path / "ws").exists()
+
+
+def test_no_setting_of_the_recipe_s_training_is_a_baseline_s(tmp_path: Path) -> None:
+    recipe = load_recipe(tiny_recipe(tmp_path))
+    own = {
+        "gradient_accumulation": 4,
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "max_steps": 7,
+        "patience": 1,
+        "z_weight": 1.0,
+    }
+    strange = change_recipe(recipe, {"router": {"training": own}}, "test")
+    for name in ("btx", "flexolmo", "metamoe"):
+        plain, leaked = (
+            change_recipe(r, methods_of(r)[name].changes or {}, name).router.training for r in (recipe, strange)
+        )
+        assert plain == leaked and plain is not None, name
+    published = change_recipe(strange, METHODS["metamoe"].changes or {}, "test").router
+    assert (published.training.learning_rate, published.training.batch_size, published.training.epochs) == (1e-4, 32, 1)
+    assert published.training.trains == "router+experts" and published.start == "means"
+
+
+def test_private_rows_are_a_row_only_where_all_are_here(tmp_path: Path) -> None:
+    recipe = load_recipe(tiny_recipe(tmp_path))
+    assert "unrestricted" in methods_of(recipe)
+    elsewhere = recipe.model_copy(update={"experts": [recipe.experts[0].model_copy(update={"client": None})]})
+    assert "unrestricted" not in methods_of(elsewhere)

@@ -18,6 +18,7 @@ from conftest import WITHOUT_PACKAGE, randomise, write_jsonl
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from test_pipeline import WORDS, metamoe
 from transformers import AutoModel, BertTokenizer
@@ -325,6 +326,16 @@ def test_losses_are_cross_entropy_to_the_label_and_divergence_from_the_teacher()
         torch.testing.assert_close(given[row], expected, atol=1e-12, rtol=1e-9)
     apart = bare(vectors[:0]).row_losses(embeddings, logits[:, :0], torch.full((5,), -100), taught)
     torch.testing.assert_close(apart, 1.0 - (embeddings * taught).sum(-1), atol=1e-12, rtol=0)
+
+
+def test_the_loss_of_a_batch_with_each_label_once_is_sentence_transformers_own() -> None:
+    """Multiple negatives ranking, where a text's document is its label's name and the scale 1 / temperature."""
+    texts, vectors = (torch.nn.functional.normalize(torch.randn(6, 8, dtype=torch.float64), dim=-1) for _ in range(2))
+    order = torch.randperm(6)
+    ranking = MultipleNegativesRankingLoss(None, scale=1.0 / TEMPERATURE)
+    expected = ranking.compute_loss_from_embeddings([texts, vectors[order]], None)
+    given = bare(vectors).row_losses(texts, texts @ vectors.T / TEMPERATURE, order, None)
+    torch.testing.assert_close(given.mean(), expected, atol=1e-9, rtol=0)
 
 
 def bare(vectors: torch.Tensor) -> LabelMatcher:

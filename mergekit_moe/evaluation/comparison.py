@@ -53,11 +53,13 @@ def _retention(scores: dict[str, Any], references: dict[str, Any], metric: str) 
     kept: dict[str, float | None] = {}
     for domain, score in scores.items():
         seed, own = references.get("seed"), references.get(f"expert-{domain}")
-        if seed is None or own is None or metric not in score or seed[domain][metric] == own[domain][metric]:
+        if seed is None or own is None or metric not in score:
             kept[domain] = None
-        else:
-            gained = own[domain][metric] - seed[domain][metric]
-            kept[domain] = (score[metric] - seed[domain][metric]) / gained
+            continue
+        gained = own[domain][metric] - seed[domain][metric]
+        # Of an expert that learnt nothing there is nothing to keep.
+        learnt = gained > 0 if metric == "accuracy" else gained < 0
+        kept[domain] = (score[metric] - seed[domain][metric]) / gained if learnt else None
     known = [value for value in kept.values() if value is not None]
     return {"by_domain": kept, "mean": statistics.fmean(known) if len(known) == len(kept) else None}
 

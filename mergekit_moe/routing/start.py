@@ -164,6 +164,9 @@ def _linear(material: Material) -> tuple[Tensor, Tensor]:
     return linear(config.sized.num_hidden_layers, len(config.experts), config.sized.hidden_size, material.seed)
 
 
+AS_THEY_ARE = ("means",)
+"""Starts that are taken at the temperature that they come at: as published."""
+
 STARTS: dict[str, Callable[[Material], tuple[Tensor, Tensor]]] = {
     "lda": lambda given: lda(given.statistics, given.settings.shrinkage),
     "ridge": lambda given: ridge(given.statistics, given.settings.shrinkage),

@@ -29,7 +29,7 @@ from mergekit_moe.models import (
 )
 from mergekit_moe.router_recipe import NO_PROXIES, Router, RouterTraining
 from mergekit_moe.routing.losses import Counts, balance_loss, count, domain_loss, z_loss
-from mergekit_moe.routing.start import STARTS, Material, gather_for
+from mergekit_moe.routing.start import AS_THEY_ARE, STARTS, Material, gather_for
 from mergekit_moe.routing.statistics import write_statistics
 from mergekit_moe.training import PartTrainer, train
 from mergekit_moe.workspace import MANIFEST, is_main_process, link_or_copy, write_json
@@ -246,7 +246,7 @@ def hold_out(proxies: "Dataset") -> tuple["Dataset", "Dataset"]:
 
 
 def start_routers(material: Material) -> None:
-    """Set every router to its start, at the temperature that suits it; what the merge made stays."""
+    """Set every router to its start, at the temperature that suits it where it isn't taken as published."""
     settings, routers = material.settings, routers_of(material.model)
     if settings.start in NO_PROXIES:
         return
@@ -265,7 +265,9 @@ def start_routers(material: Material) -> None:
 
 
 def _scale_matters(material: Material) -> bool:
-    """Whether anything depends on the temperature: weights of several experts, or training, never top-1's choice."""
+    """Whether to look for a temperature: weights of several experts, or training, depend on it, not top-1's choice."""
+    if material.settings.start in AS_THEY_ARE:
+        return False
     config = material.model.config
     chooses_only = config.num_experts_per_tok == 1 and config.norm_topk_prob
     return material.settings.training is not None or not chooses_only

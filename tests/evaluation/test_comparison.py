@@ -41,6 +41,13 @@ def test_retention_is_what_is_kept_of_the_own_experts_gain() -> None:
     assert found["methods"]["seed"]["seeds"]["0"]["retention"]["mean"] == 0.0
 
 
+def test_of_an_expert_that_learnt_nothing_there_is_nothing_to_keep() -> None:
+    given = methods()
+    given["expert-law"] = method("reference", (4.2, 6.0), (3.0, 6.0))
+    kept = assemble(given, ["law", "art"])["methods"]["ours"]["seeds"]["0"]["retention"]
+    assert kept == {"by_domain": {"law": None, "art": pytest.approx(0.9)}, "mean": None}
+
+
 def test_what_is_judged_by_other_rows_is_held_against_what_the_others_make_of_those() -> None:
     given = methods()
     own = {"seed": 8.0, "expert-law": 6.0, "expert-art": 7.0}

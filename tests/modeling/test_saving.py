@@ -138,6 +138,29 @@ def test_an_adapter_on_top_trains_and_comes_back(
     assert (expected - first(tiny_moe("Llama", ranks))).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("ranks", [(2, 3), (2, None)], ids=str)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_adapter_on_an_encoder_trains_and_comes_back(
+    name: str, ranks: tuple[int | None, ...], tmp_path: Path
+) -> None:
+    model, given = tiny_moe(name, ranks), inputs(name)
+    before = first(model, **given)
+    frozen = {key: p.clone() for key, p in model.named_parameters()}
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    optimizer = torch.optim.Adam((p for p in adapted.parameters() if p.requires_grad), lr=0.01)
+    for _ in range(2):
+        adapted(**given)[0][..., 0].sum().backward()
+        optimizer.step()
+    for key, parameter in adapted.get_base_model().named_parameters():
+        if (key := key.replace(".base_layer", "")) in frozen:
+            assert torch.equal(parameter, frozen[key]), key
+    adapted.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_moe(name, ranks), tmp_path).eval()
+    expected = first(adapted, **given)
+    assert torch.equal(first(again, **given), expected)
+    assert (expected - before).abs().max() > 1e-4
+
+
 def test_a_step_changes_what_should_train_and_nothing_else(family: str) -> None:
     for routers_only in (False, True):
         moe = tiny_moe(family, (2, None, 3), num_experts_per_tok=3).train()  # so that every expert has tokens

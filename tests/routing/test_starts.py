@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from mergekit_moe.models import load_model, read_statistics, routers_of
 from mergekit_moe.router_recipe import BY_PUBLISHED, NO_PROXIES, Router, RouterTraining
 from mergekit_moe.routing import seed_rows, start
-from mergekit_moe.routing.start import STARTS
-from mergekit_moe.routing.training import fit_routers
+from mergekit_moe.routing.start import STARTS, Material
+from mergekit_moe.routing.training import fit_routers, start_routers
 
 
 def test_every_start_of_the_recipe_is_known_once() -> None:
@@ -125,6 +125,17 @@ def test_every_start_sets_the_routers_of_a_merged_model(name: str, base_folder: 
         assert router.weight.isfinite().all()
         assert len(router.weight.unique(dim=0)) == 3, "each expert has a row of its own"
     assert model(tokens(), use_cache=False).logits.isfinite().all()
+
+
+def test_means_are_taken_as_published_however_they_are_trained_after() -> None:
+    """Not at a temperature that suits them: without renormalisation it changes what the model says (Eq. 6)."""
+    model = tiny_moe("Llama", norm_topk_prob=False)
+    published = {"count": torch.tensor([3.0, 4.0, 5.0]), "sum": torch.randn(3, 3, 32), "noise": torch.zeros(3, 3)}
+    settings = Router(start="means", training=RouterTraining())
+    start_routers(Material(model, proxies(9), settings, 0, published, None, []))
+    for layer, router in enumerate(routers_of(model)):
+        torch.testing.assert_close(router.weight, published["sum"][layer] / published["count"][:, None])
+        assert not router.bias.any()
 
 
 def test_linear_is_small_and_follows_the_seed() -> None:
