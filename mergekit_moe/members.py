@@ -106,7 +106,7 @@ def _to_be_fitted(unified: Unified) -> Unified:
 
 
 def _fit(unified: Unified, blank: Path, proxies: Path, out: Path) -> None:
-    """Fit the routers of the model in `blank` in closed form, as those of `unified` were."""
+    """Fit the routers of the model in `blank` by LDA on the experts' own paths: the seed isn't here to be asked."""
     from mergekit_moe.routing.training import fit_routers
 
     rows: Dataset = proxies_from_file(proxies, blank)

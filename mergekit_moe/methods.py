@@ -7,8 +7,10 @@ from mergekit_moe.recipe import Recipe
 from mergekit_moe.router_recipe import RouterTraining
 
 ORACLE = "oracle"
-_TASK_ALONE = RouterTraining(task_weight=1.0, domain_weight=0.0, batch_size=16).model_dump(exclude={"bf16"})
-"""Every setting, so that none of the recipe's own training is a baseline's."""
+_TASK_ALONE = RouterTraining(task_weight=1.0, domain_weight=0.0, batch_size=8, gradient_accumulation=2).model_dump(
+    exclude={"bf16"}
+)
+"""Every setting, so that none of the recipe's own training is a baseline's. Steps are cut up for large models' sake."""
 _PUBLISHED = {**_TASK_ALONE, "trains": "router+experts"}
 _PUBLISHED_ON_IMAGES = {
     **_PUBLISHED,
@@ -16,6 +18,7 @@ _PUBLISHED_ON_IMAGES = {
     "momentum": 0.9,
     "learning_rate": 1e-3,
     "batch_size": 128,
+    "gradient_accumulation": 1,
     "epochs": 5,
 }
 _TOP_2 = {"method": "moe", "top_k": 2, "anchor": False, "renormalise": True}
@@ -84,7 +87,7 @@ METHODS: dict[str, Method] = {
     "metamoe": Method(
         "MetaMoE as published",
         "baseline",
-        _metamoe({**_PUBLISHED, "learning_rate": 1e-4, "batch_size": 32, "epochs": 1}),
+        _metamoe({**_PUBLISHED, "learning_rate": 1e-4, "gradient_accumulation": 4, "epochs": 1}),
     ),
     "ours": Method("ours", "ours", {}),
     "ours-top-1": Method("ours, one expert a token", "ours", {"merge": {"top_k": 1}}),
