@@ -111,6 +111,11 @@ def test_fitted_routers_are_fitted_again_without_touching_an_expert(
         assert one.weight.abs().max() > 0
         torch.testing.assert_close(one.weight[[0, 2, 1]], other.weight, atol=1e-6, rtol=1e-4)
         assert float(torch.sigmoid(one.context_logit)) == pytest.approx(0.8, abs=1e-6)
+    drop_expert(tmp_path / "again", "pattern", tmp_path / "other-way", proxies=proxies)
+    dropped, other_way = load_model(tmp_path / "dropped"), load_model(tmp_path / "other-way")
+    for one, other in zip(routers_of(dropped), routers_of(other_way), strict=True):
+        assert one.weight.shape[0] == 2
+        torch.testing.assert_close(one.weight, other.weight, atol=1e-6, rtol=1e-4)
     before, after = load_file(two / "model-00002-of-00003.safetensors"), three.state_dict()
     single = load_model(two).state_dict()
     assert before
