@@ -5,7 +5,6 @@ proxies, experts, `variants/NAME` where an ablation selects or aligns anew, and 
 """
 
 import functools
-import json
 import random
 import shutil
 import time
@@ -20,7 +19,7 @@ from mergekit_moe.job import Job
 from mergekit_moe.methods import ORACLE, Method, methods_of
 from mergekit_moe.recipe import ANCHOR, ExpertSource, Recipe, TrainedSeed
 from mergekit_moe.recipe_file import change_recipe
-from mergekit_moe.workspace import MANIFEST, Workspace, process_state, read_json, write_json
+from mergekit_moe.workspace import Workspace, process_state, read_json, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -147,6 +146,7 @@ def _measure_method(job: Job, name: str, method: Method) -> None:
 
 
 def _changed(recipe: Recipe, name: str, method: Method) -> Recipe:
+    """Return the recipe as a method changes it."""
     without = _FOR_MOE if method.dense else ()
     return change_recipe(recipe, method.changes or {}, f"comparison.{name}", without=without)
 
@@ -283,15 +283,14 @@ def _trained_parameters(sub: Job, model: Any) -> int:
     return sum(parameter.numel() for parameter in trainable(model, training).values())
 
 
-def _is_of_this_recipe(folder: Path, job: Job, name: str, method: Method) -> bool:
+def _is_of_this_recipe(job: Job, name: str, method: Method) -> bool:
     """Whether a result is there, and the recipe still asks for what it was measured with; else it is told."""
-    if not (folder / RESULT).is_file():
+    stage = f"methods/{name}"
+    if not (job.workspace.folder(stage) / RESULT).is_file():
         return False
-    made_with = read_json(folder / MANIFEST)["inputs"]
-    asked = json.loads(json.dumps(_asked(job.recipe, _changed(job.recipe, name, method), method)))
-    if all(made_with.get(key) == value for key, value in asked.items()):
+    if job.workspace.made_from(stage, _asked(job.recipe, _changed(job.recipe, name, method), method)):
         return True
-    job.workspace.report(f"{folder.name}, random seed {job.recipe.seed}: of an older recipe, left out; run it again")
+    job.workspace.report(f"{name}, random seed {job.recipe.seed}: of an older recipe, left out; run it again")
     return False
 
 
@@ -306,9 +305,9 @@ def _write_comparison(job: Job, jobs: list[Job]) -> dict[str, Any]:
             "group": method.group,
             "private": method.private,
             "seeds": {
-                str(of_seed.recipe.seed): read_json(folder / RESULT)
+                str(of_seed.recipe.seed): read_json(of_seed.workspace.folder(f"methods/{name}") / RESULT)
                 for of_seed in jobs
-                if _is_of_this_recipe(folder := of_seed.workspace.folder(f"methods/{name}"), of_seed, name, method)
+                if _is_of_this_recipe(of_seed, name, method)
             },
         }
         for name, method in methods_of(job.recipe).items()

@@ -10,7 +10,8 @@ ORACLE = "oracle"
 _TASK_ALONE = RouterTraining(task_weight=1.0, domain_weight=0.0, batch_size=8, gradient_accumulation=2).model_dump(
     exclude={"bf16"}
 )
-"""Every setting, so that none of the recipe's own training is a baseline's. Steps are cut up for large models' sake."""
+"""Every setting but the precision, so that none of the recipe's own training is a baseline's. Steps are cut up for the
+sake of large models."""
 _PUBLISHED = {**_TASK_ALONE, "trains": "router+experts"}
 _PUBLISHED_ON_IMAGES = {
     **_PUBLISHED,

@@ -127,6 +127,12 @@ class Workspace:
     def folder(self, name: str) -> Path:
         return self.root / name
 
+    def made_from(self, name: str, inputs: dict[str, Any]) -> bool:
+        """True if these are among the inputs that the stage's folder was made from, whatever the others are."""
+        manifest = _manifest(self.folder(name))
+        stored = _as_stored(inputs)
+        return manifest is not None and all(manifest["inputs"].get(key) == value for key, value in stored.items())
+
     def is_current(self, name: str, inputs: dict[str, Any]) -> bool:
         """True if the stage's folder was made from exactly these inputs and still has its files."""
         folder = self.folder(name)
@@ -233,8 +239,12 @@ class Workspace:
 
     def _complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
         versions = {package: metadata.version(package) for package in _VERSIONED}
-        # Through JSON, so that what is compared is what is stored.
-        return json.loads(json.dumps({**inputs, "versions": {"mergekit_moe": __version__, **versions}}))
+        return _as_stored({**inputs, "versions": {"mergekit_moe": __version__, **versions}})
+
+
+def _as_stored(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return inputs as they come back from JSON, so that what is compared is what is stored."""
+    return json.loads(json.dumps(inputs))
 
 
 def _read_if_there(path: Path) -> Any:

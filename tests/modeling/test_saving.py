@@ -118,24 +118,9 @@ def test_new_tokens_can_be_added() -> None:
 def test_an_adapter_on_top_trains_and_comes_back(
     targets: str | list[str], ranks: tuple[int | None, ...], tmp_path: Path
 ) -> None:
-    model = tiny_moe("Llama", ranks)
-    frozen = {name: p.clone() for name, p in model.named_parameters()}
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=targets))
-    trainable = {name for name, p in adapted.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=5.0)
-    for _ in range(2):
-        adapted(input_ids=tokens(), labels=tokens()).loss.backward()
-        optimizer.step()
-    assert trainable
-    assert all("lora_" in name for name in trainable)
-    for name, parameter in adapted.get_base_model().named_parameters():
-        if (key := name.replace(".base_layer", "")) in frozen:
-            assert torch.equal(parameter, frozen[key]), name
-    adapted.eval().save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(tiny_moe("Llama", ranks), tmp_path).eval()
-    expected = first(adapted)
-    assert torch.equal(first(again), expected)
-    assert (expected - first(tiny_moe("Llama", ranks))).abs().max() > 1e-4
+    given = {"input_ids": tokens(), "labels": tokens()}
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=targets)
+    assert_trains_and_comes_back("Llama", ranks, config, given, tmp_path, lr=5.0)
 
 
 @pytest.mark.parametrize("ranks", [(2, 3), (2, None)], ids=str)
@@ -143,22 +128,38 @@ def test_an_adapter_on_top_trains_and_comes_back(
 def test_an_adapter_on_an_encoder_trains_and_comes_back(
     name: str, ranks: tuple[int | None, ...], tmp_path: Path
 ) -> None:
-    model, given = tiny_moe(name, ranks), inputs(name)
-    before = first(model, **given)
+    config = LoraConfig(r=2, target_modules="all-linear")
+    assert_trains_and_comes_back(name, ranks, config, inputs(name), tmp_path, lr=0.1)
+
+
+def assert_trains_and_comes_back(
+    name: str,
+    ranks: tuple[int | None, ...],
+    config: LoraConfig,
+    given: dict[str, torch.Tensor],
+    folder: Path,
+    lr: float,
+) -> None:
+    read = {key: value for key, value in given.items() if key != "labels"}
+    model = tiny_moe(name, ranks)
     frozen = {key: p.clone() for key, p in model.named_parameters()}
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
-    optimizer = torch.optim.Adam((p for p in adapted.parameters() if p.requires_grad), lr=0.01)
+    adapted = get_peft_model(model, config)
+    trainable = {key for key, p in adapted.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=lr)
     for _ in range(2):
-        adapted(**given)[0][..., 0].sum().backward()
+        outputs = adapted(**given)
+        (outputs.loss if "labels" in given else outputs[0][..., 0].sum()).backward()
         optimizer.step()
+    assert trainable
+    assert all("lora_" in key for key in trainable)
     for key, parameter in adapted.get_base_model().named_parameters():
         if (key := key.replace(".base_layer", "")) in frozen:
             assert torch.equal(parameter, frozen[key]), key
-    adapted.eval().save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(tiny_moe(name, ranks), tmp_path).eval()
-    expected = first(adapted, **given)
-    assert torch.equal(first(again, **given), expected)
-    assert (expected - before).abs().max() > 1e-4
+    adapted.eval().save_pretrained(folder)
+    again = PeftModel.from_pretrained(tiny_moe(name, ranks), folder).eval()
+    expected = first(adapted, **read)
+    assert torch.equal(first(again, **read), expected)
+    assert (expected - first(tiny_moe(name, ranks), **read)).abs().max() > 1e-4
 
 
 def test_a_step_changes_what_should_train_and_nothing_else(family: str) -> None:
