@@ -71,12 +71,12 @@ def encode_choice(tokenizer: Any, prompt: str, completion: str, max_length: int)
     given = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     asked = tokenizer(completion, add_special_tokens=False)["input_ids"]
     room = max_length - len(bos) - len(asked)
-    if room < 0 or not bos + given:
+    context = bos + given[max(len(given) - room, 0) :]
+    if room < 0 or not context:
         raise DataError(
             f"evaluation: a choice of {len(asked)} tokens needs something before it, and evaluation.max_length is "
             f"{max_length}; raise it, or give a longer prompt"
         )
-    context = bos + given[max(len(given) - room, 0) :]
     return {"input_ids": context + asked, "labels": [IGNORED] * len(context) + asked}
 
 

@@ -162,17 +162,24 @@ def losses_of(predict: Predict, settings: "Evaluation", device: Any, rows: "Data
 
 @torch.no_grad()
 def routing_of(model: "PreTrainedModel", domain: Domain, settings: "Evaluation") -> dict[str, Any]:
-    """Return where a domain's tokens go: `load_by_layer` (L, K), and the shares that reach their own expert."""
-    counts: list[Tensor] = []
+    """Return where a domain's tokens go: `load_by_layer` (L, K), and the shares that reach their own expert first.
+
+    Of several experts a token, each is counted, whatever its weight.
+    """
+    top_k, count = model.config.num_experts_per_tok, model.config.num_experts
+    layers = len(routers_of(model))
+    load_LK = torch.zeros(layers, count, dtype=torch.float64)
+    own_L = torch.zeros(layers, dtype=torch.float64)
     with recorded_routers(model.eval()) as calls:
         for batch in batches(domain.rows, settings.batch_size, model.device):
             model(**scored_inputs(model, batch), use_cache=False)
             routed = calls[0].routing.token_mask
-            chosen = [call.logits.argmax(-1)[routed] for call in calls]
-            found = [torch.bincount(layer, minlength=calls[0].logits.shape[-1]).double().cpu() for layer in chosen]
-            counts = found if not counts else [before + more for before, more in zip(counts, found, strict=True)]
-    load_LK = torch.stack(counts) / counts[0].sum()
-    own_L = load_LK[:, domain.expert]
+            for layer, call in enumerate(calls):
+                chosen = call.logits[routed].topk(top_k).indices.cpu()
+                load_LK[layer] += torch.bincount(chosen.flatten(), minlength=count)
+                own_L[layer] += (chosen[:, 0] == domain.expert).sum()
+    tokens = load_LK[0].sum() / top_k
+    load_LK, own_L = load_LK / (tokens * top_k), own_L / tokens
     return {
         "accuracy": float(own_L.mean()),
         "accuracy_by_layer": own_L.tolist(),

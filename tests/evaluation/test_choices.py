@@ -1,5 +1,6 @@
 """Choices against brute force: one row at a time, in float64."""
 
+import copy
 import functools
 import math
 import random
@@ -107,3 +108,16 @@ def test_a_long_prompt_loses_its_beginning_and_a_choice_nothing() -> None:
     assert cut["labels"][1:] == whole["labels"][-19:]
     with pytest.raises(DataError, match="max_length is 16; raise it"):
         encode_choice(TOKENIZER, prompt, completion * 20, 16)
+
+
+def test_without_bos_a_choice_needs_a_token_of_its_prompt_before_it() -> None:
+    """Nothing predicts a row's first token: a choice that filled the row alone would lose it."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.add_bos_token = False
+    tokenizer._tokenizer.post_processor = None
+    assert tokenizer("fox")["input_ids"] == TOKENIZER("fox", add_special_tokens=False)["input_ids"]
+    asked = tokenizer(" lazy dog")["input_ids"]
+    row = encode_choice(tokenizer, "quick fox", " lazy dog", len(asked) + 1)
+    assert row["labels"][1:] == asked
+    with pytest.raises(DataError, match=f"max_length is {len(asked)}; raise it"):
+        encode_choice(tokenizer, "quick fox", " lazy dog", len(asked))
