@@ -13,8 +13,9 @@ from mergekit_moe.errors import ExpertError
 from mergekit_moe.experts import read_expert
 from mergekit_moe.exporting import proxies_from_file
 from mergekit_moe.hub import resolve_model
-from mergekit_moe.merging.membership import Unified, add, base_within, drop, read_unified
-from mergekit_moe.recipe import ANCHOR, EXPERT_NAME, RESERVED_NAMES, Router
+from mergekit_moe.merging.membership import Unified, add, base_within, drop, read_unified, write_base
+from mergekit_moe.recipe import ANCHOR, EXPERT_NAME, RESERVED_NAMES
+from mergekit_moe.router_recipe import BY_STATISTICS
 from mergekit_moe.workspace import new_folder
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def add_expert(
         if proxies is None:
             add(unified, expert, partial, tell)
         else:
-            with _blank(partial) as blank:
+            with _beside(partial, ".blank") as blank:
                 add(_to_be_fitted(unified), expert, blank, tell)
                 _fit(unified, blank, proxies, partial)
 
@@ -85,35 +86,45 @@ def drop_expert(
             if unified.fitted:
                 tell("the routers were fitted on the dropped expert's proxies too; --proxies fits them anew")
         else:
-            with _blank(partial) as blank:
+            with _beside(partial, ".blank") as blank:
                 drop(_to_be_fitted(unified), name, blank)
                 _fit(unified, blank, proxies, partial)
 
 
 @contextmanager
-def _blank(partial: Path) -> Iterator[Path]:
-    """Yield a folder for the model whose routers aren't fitted yet; inside `partial`, it goes the way of that."""
-    blank = partial / ".blank"
-    blank.mkdir()
-    yield blank
-    shutil.rmtree(blank)
+def _beside(partial: Path, name: str) -> Iterator[Path]:
+    """Yield an empty folder for what the routers are fitted with; inside `partial`, it goes the way of that."""
+    folder = partial / name
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
 
 
 def _to_be_fitted(unified: Unified) -> Unified:
-    """Return the model as one whose routers come from proxies, by LDA, whatever they came from before."""
+    """Return the model as one whose routers come from proxies, in closed form, whatever they came from before."""
+    start = unified.router.start if unified.router.start in BY_STATISTICS else "lda"
+    router = unified.router.model_copy(update={"start": start, "training": None})
     config = {**unified.config, "router_absolute_scores": False}
-    return unified._replace(config=config, report={**unified.report, "router_start": "lda"})
+    return unified._replace(config=config, report={**unified.report, "router": router.model_dump(mode="json")})
 
 
 def _fit(unified: Unified, blank: Path, proxies: Path, out: Path) -> None:
-    """Fit the routers of the model in `blank` by LDA on the experts' own paths: the seed isn't here to be asked."""
+    """Fit the routers of the model in `blank` in closed form, as its recipe would, if that hadn't them trained.
+
+    The seed's path is that of the seed which the model still holds: one whose experts are all whole FFNs holds none,
+    and its proxies take their own experts' alone.
+    """
     from mergekit_moe.routing.training import fit_routers
 
-    rows: Dataset = proxies_from_file(proxies, blank)
+    router = _to_be_fitted(unified).router
+    rows: Dataset = proxies_from_file(proxies, blank, router.max_length)
     logits = [unified.weights.read(name) for name in unified.weights if name.endswith("router.context_logit")]
-    weight = float(torch.sigmoid(torch.stack(logits).mean())) if logits else Router().context_weight
-    settings = Router(context=unified.config["router_context"], context_weight=weight, start="lda", training=None)
-    fit_routers(blank, rows, settings, published={}, seed=unified.report["seed"], out=out)
+    if unified.router.training is not None and logits:
+        learnt = float(torch.sigmoid(torch.stack(logits).mean()))
+        router = router.model_copy(update={"context_weight": learnt})
+    with _beside(out, ".base") as base:
+        seed = base if write_base(unified, base) else None
+        fit_routers(blank, rows, router, published={}, seed=unified.report["seed"], out=out, base=seed)
 
 
 def inspect_model(folder: Path) -> dict[str, Any]:
@@ -143,7 +154,7 @@ def inspect_model(folder: Path) -> dict[str, Any]:
         "bytes": sum(unified.weights.nbytes(name) for name in unified.weights),
         "top_k": unified.config["num_experts_per_tok"],
         "router": {
-            "start": unified.report["router_start"],
+            "start": unified.router.start,
             "context": unified.config["router_context"],
             "adds_layers": unified.config["router_adds_layers"],
         },

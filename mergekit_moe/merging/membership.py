@@ -19,11 +19,12 @@ from mergekit_moe.merging.gates import GATES
 from mergekit_moe.merging.other_weights import find_differences, tell_differences
 from mergekit_moe.merging.output import copy_companions, in_type, write_checkpoint
 from mergekit_moe.merging.unify import CODE, MODELING, report_on_expert, shares_ffn
-from mergekit_moe.recipe import ANCHOR, Merge
+from mergekit_moe.recipe import ANCHOR, Merge, Router
 from mergekit_moe.weights import Planned, Weights, passed_through
 from mergekit_moe.workspace import write_json
 
 _PREFIX = "metamoe_"
+_CLASS_PREFIX = "MetaMoe"
 _EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<number>\d+)\.(?P<rest>.+)")
 _ADDED = (
     *("experts", "num_experts_per_tok", "norm_topk_prob", "router_context", "router_absolute_scores"),
@@ -46,7 +47,12 @@ class Unified(NamedTuple):
     @property
     def fitted(self) -> bool:
         """Whether its routers came from proxies, so that they can't be made again from weights alone."""
-        return self.report["routers_fitted"] or self.report["router_start"] not in GATES
+        return self.report["routers_fitted"] or self.router.start not in GATES
+
+    @property
+    def router(self) -> Router:
+        """How its routers were made."""
+        return Router.model_validate(self.report["router"])
 
     @property
     def merge(self) -> Merge:
@@ -72,7 +78,7 @@ def read_unified(folder: Path) -> Unified:
             f"{folder} holds a model of type {config.get('model_type')!r}, not one that `metamoe merge` made"
         )
     report = read_config(folder, REPORT, what)
-    if not {"base_model", "merge", "router_start", "routers_fitted", "experts", "seed"} <= report.keys():
+    if not {"base_model", "merge", "router", "routers_fitted", "experts", "seed"} <= report.keys():
         raise ExpertError(f"{what}: {folder / REPORT} is not what `metamoe merge` writes; merge again")
     return Unified(folder, config, report, Weights(folder, shards_of(folder, what), what))
 
@@ -101,6 +107,26 @@ def base_within(unified: Unified) -> Base:
                     own[named] = facts
         shards[shard] = own
     return Base(source, config, Weights(unified.folder, shards, str(unified.folder)))
+
+
+def write_base(unified: Unified, out: Path) -> bool:
+    """Write the base model that a unified model still holds to the folder `out`, and return True; False if it doesn't.
+
+    A head that joins its experts' labels, and means over its experts, aren't the base's.
+    """
+    base = base_within(unified)
+    if not _holds_ffn(unified, base):
+        return False
+    own = [name for name in unified.weights if ".router." not in name and not _EXPERT.fullmatch(name)]
+    write_checkpoint(out, [[passed_through(unified.weights, name) for name in own]])
+    classes = [name.removeprefix(_CLASS_PREFIX) for name in base.config["architectures"]]
+    write_json(out / "config.json", {**base.config, "architectures": classes})
+    copy_companions(base, out)
+    return True
+
+
+def _holds_ffn(unified: Unified, base: Base) -> bool:
+    return all(name in unified.weights for name in base.ffn_weights())
 
 
 def drop(unified: Unified, name: str, out: Path) -> None:
@@ -140,7 +166,7 @@ def add(unified: Unified, expert: Expert, out: Path, tell: Any = lambda line: No
         )
     _require_unmixed(unified, f"expert '{expert.name}' can't be added")
     base, merge = base_within(unified), unified.merge
-    holds_ffn = all(name in unified.weights for name in base.ffn_weights())
+    holds_ffn = _holds_ffn(unified, base)
     if not holds_ffn and expert.is_adapter:
         raise ExpertError(
             f"expert '{expert.name}' is an adapter, and {unified.folder} holds no FFN of the base, since all its "
@@ -161,7 +187,7 @@ def add(unified: Unified, expert: Expert, out: Path, tell: Any = lambda line: No
     experts.insert(number, member.entry)
     entries = [*unified.report["experts"], report_on_expert(expert, member, differences[expert.name])]
     changed = _changed(unified, experts, entries, top_k=_top_k(unified, len(experts)))
-    start, size = unified.report["router_start"], base.sized["hidden_size"]
+    start, size = unified.router.start, base.sized["hidden_size"]
 
     def row(layer: int) -> Tensor:
         if unified.fitted:
@@ -174,7 +200,7 @@ def add(unified: Unified, expert: Expert, out: Path, tell: Any = lambda line: No
 
 def _top_k(unified: Unified, experts: int) -> int:
     """Return how many experts take each token: as before, or all where they share it alike."""
-    uniform = unified.report["router_start"] == "uniform" and not unified.fitted
+    uniform = unified.router.start == "uniform" and not unified.fitted
     return experts if uniform else unified.config["num_experts_per_tok"]
 
 

@@ -160,7 +160,7 @@ def report_on(
         "base_model": {"source": base.source.public_name, "revision": base.source.revision},
         "merge": merge.model_dump(mode="json"),
         "base_weights": next((e.about["base_weights"] for e in experts if "base_weights" in e.about), None),
-        "router_start": router.start,
+        "router": router.model_dump(mode="json"),
         "routers_fitted": False,
         "seed": seed,
         "experts": [

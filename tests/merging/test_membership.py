@@ -13,9 +13,11 @@ from test_fine_tunes import fine_tune, load, pinned
 from mergekit_moe.checkpoint import weights_fingerprint
 from mergekit_moe.errors import ExpertError, WorkspaceError
 from mergekit_moe.experts import Expert
+from mergekit_moe.exporting import proxies_from_file
 from mergekit_moe.members import add_expert, drop_expert, inspect_model
 from mergekit_moe.models import load_model, routers_of
 from mergekit_moe.recipe import Router
+from mergekit_moe.routing.training import fit_routers
 
 DATA_FREE = [Router(start="random"), Router(start="arrow", context="none"), Router(start="random", context="prompt")]
 
@@ -122,6 +124,32 @@ def test_fitted_routers_are_fitted_again_without_touching_an_expert(
     assert all(torch.equal(tensor, single[name]) for name, tensor in after.items() if name.startswith("model.embed"))
     for number in (0, 1):
         torch.testing.assert_close(pinned(load(two), number), pinned(load(tmp_path / "three"), number), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("start", ["lda", "ridge"])
+@pytest.mark.parametrize("names", [("plain", "dora", "pattern"), ("plain", "tuned", "pattern")])
+def test_an_added_expert_s_routers_are_those_of_the_recipe_for_all(
+    base_folder: Path, tmp_path: Path, sources: dict[str, Path], start: str, names: tuple[str, ...]
+) -> None:
+    """By the same closed form, as shrunk, of the same paths: that of the seed lies in the model still."""
+    words = dict(zip(names, ("quick brown fox", "over the lazy dog", "0123 456 789"), strict=True))
+    rows = [{"text": f"{i} {text} " * 4, "expert": name} for name, text in words.items() for i in range(12)]
+    proxies = write_jsonl(tmp_path / "proxies.jsonl", rows)
+    router = Router(start=start, context_weight=0.8, shrinkage=0.3, training=None, max_length=16)
+    whole = merge(base_folder, experts(base_folder, sources, *names), tmp_path / "whole", router, top_k=2)
+    (tmp_path / "expected").mkdir()
+    tokenised = proxies_from_file(proxies, whole, router.max_length)
+    fit_routers(whole, tokenised, router, published={}, seed=0, out=tmp_path / "expected", base=base_folder)
+    two = merge(base_folder, experts(base_folder, sources, *names[:2]), tmp_path / "two", router, top_k=2)
+    add_expert(two, str(sources[names[2]]), tmp_path / "added", name=names[2], proxies=proxies)
+    expected, added = contents(tmp_path / "expected"), contents(tmp_path / "added")
+    assert expected.keys() == added.keys()
+    assert {name for name in expected if expected[name] != added[name]} <= {"merge.json", "router_training.json"}
+    before = load_model(whole)
+    assert not any(
+        torch.equal(router.weight, blank.weight)
+        for router, blank in zip(routers_of(load_model(tmp_path / "added")), routers_of(before), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
