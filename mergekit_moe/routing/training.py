@@ -39,7 +39,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BATCH = 16
-_SCALES = [2.0 ** (-i / 2) for i in range(21)]
+_SCALES = [2.0 ** (i / 2) for i in range(-20, 21)]
+_FACTORS = [2.0**i for i in range(-4, 9)]
+_ROWS_FOR_FACTOR = 32
+"""Rows of each expert that tell how sure routers should be: one number is fitted."""
 
 
 class RouterTrainer(PartTrainer):
@@ -260,8 +263,15 @@ def start_routers(material: Material) -> None:
         if not _scale_matters(material):
             return
         for router, scale in zip(routers, best_scales(material.model, material.proxies), strict=True):
-            router.weight.mul_(scale)
-            router.bias.mul_(scale)
+            _sharpen([router], scale)
+        if material.model.config.num_experts_per_tok > 1:
+            _sharpen(routers, best_factor(material.model, material.proxies))
+
+
+def _sharpen(routers: list[ContextRouter], factor: float) -> None:
+    for router in routers:
+        router.weight.mul_(factor)
+        router.bias.mul_(factor)
 
 
 def _scale_matters(material: Material) -> bool:
@@ -275,7 +285,7 @@ def _scale_matters(material: Material) -> bool:
 
 @torch.no_grad()
 def best_scales(model: "PreTrainedModel", proxies: "Dataset") -> list[float]:
-    """Return, for each layer, the factor on the router's logits at which the domain loss is least.
+    """Return, for each layer, the factor on the router's logits at which the domain loss is least, by tokens.
 
     Closed forms take a token's prefix means for independent evidence and come out far too sure. The
     choice of experts doesn't change with the factor (where layers add up they share one); that probabilities
@@ -295,6 +305,25 @@ def best_scales(model: "PreTrainedModel", proxies: "Dataset") -> list[float]:
     if routers_of(model)[0].adds_layers:
         losses = losses.sum(dim=0, keepdim=True).expand_as(losses)
     return [_SCALES[i] for i in losses.argmin(dim=1).tolist()]
+
+
+@torch.no_grad()
+def best_factor(model: "PreTrainedModel", proxies: "Dataset") -> float:
+    """Return the factor on all routers' logits at which the task loss is least: how sure to be of the first expert.
+
+    How well domains are told apart doesn't say what it costs to mix in another domain's expert. Where that costs much
+    the routers come out sure, and several experts a token are nearly one; where domains say the same, they mix.
+    """
+    places: dict[int, list[int]] = {}
+    for row, expert in enumerate(proxies["expert"]):
+        places.setdefault(expert, []).append(row)
+    sample = proxies.select([row for rows in places.values() for row in rows[:_ROWS_FOR_FACTOR]])
+    routers, losses = routers_of(model), []
+    for factor in _FACTORS:  # powers of two: what is multiplied and divided again is what it was
+        _sharpen(routers, factor)
+        losses.append(judge(model, sample)["loss"])
+        _sharpen(routers, 1.0 / factor)
+    return _FACTORS[losses.index(min(losses))]
 
 
 def _write(model: "PreTrainedModel", merged: Path, out: Path, settings: Router) -> None:

@@ -1,5 +1,6 @@
 """Router training: what trains, what it trains on, and that training may not make things worse."""
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from safetensors.torch import load_file
 
 from mergekit_moe.modeling.routing_metamoe import router_losses
 from mergekit_moe.models import recorded_routers, routers_of
-from mergekit_moe.router_recipe import RouterTraining
+from mergekit_moe.router_recipe import Router, RouterTraining
 from mergekit_moe.routing.losses import balance_loss, domain_loss, z_loss
-from mergekit_moe.routing.training import best_scales, judge, train_routers
+from mergekit_moe.routing.start import Material
+from mergekit_moe.routing.training import best_factor, best_scales, judge, start_routers, train_routers
 
 
 def proxies(rows: int = 24) -> Dataset:
@@ -258,5 +260,50 @@ def test_the_best_scale_is_the_best_of_all_tried() -> None:
                 losses.append(float(domain_loss([scaled], torch.tensor([row["expert"]]))))
         return sum(losses)
 
-    losses = {2.0 ** (-i / 2): loss(2.0 ** (-i / 2)) for i in range(21)}
+    losses = {2.0 ** (i / 2): loss(2.0 ** (i / 2)) for i in range(-20, 21)}
     assert best_scales(model, rows)[0] == min(losses, key=losses.__getitem__) < 1.0
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_routers_are_as_sure_as_the_task_has_them(right: bool) -> None:
+    """Where the first expert says what the rows say, it is taken alone; where the second one does, they are mixed."""
+    model = tiny_moe("Llama", num_experts_per_tok=2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows = proxies(9).map(lambda row: {"labels": said(model, row["input_ids"], 1e4 if right else 1e-4)})
+    losses = {2.0**i: alone(model, rows, 2.0**i) for i in range(-4, 9)}
+    found = best_factor(model, rows)
+    assert found == min(losses, key=losses.__getitem__)
+    assert found > 1 if right else found < 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("start", ["lda", "ridge"])
+def test_a_start_with_several_experts_a_token_is_as_sure_as_the_task_has_it(start: str) -> None:
+    """Ridge's numbers lie between 0 and 1: alone, it would be sure of nothing."""
+    model, rows = tiny_moe("Llama", num_experts_per_tok=2), proxies(30)
+    start_routers(Material(model, rows, Router(start=start, training=None), 0, {}, None, []))
+    assert best_factor(model, rows) == 1.0
+    assert best_scales(model, rows) != [1.0] * 3, "the domain alone would have them otherwise"
+
+
+@torch.no_grad()
+def said(model: Any, ids: list[int], factor: float) -> list[int]:
+    """Return the likeliest token after each, by a copy of the model with routers `factor` times as sure."""
+    other = copy.deepcopy(model)
+    for router in routers_of(other):
+        router.weight.mul_(factor)
+        router.bias.mul_(factor)
+    return [ids[0], *other(torch.tensor([ids])).logits[0, :-1].argmax(-1).tolist()]
+
+
+@torch.no_grad()
+def alone(model: Any, rows: Dataset, factor: float) -> float:
+    """Return the summed loss, row by row, of a copy of the model with routers `factor` times as sure."""
+    other, total = copy.deepcopy(model), 0.0
+    for router in routers_of(other):
+        router.weight.mul_(factor)
+        router.bias.mul_(factor)
+    for row in rows:
+        logits = other(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"][1:]), reduction="sum"))
+    return total
