@@ -255,10 +255,11 @@ def _unify(
     ]
     sub = Job(Recipe.model_validate(kept), experts.name, Workspace(work))
     for source in experts.recipe.experts:
-        rows = experts.pool.select(picked[source.name])
         if method.private:
             rows = _some(experts.private_rows(source), recipe.comparison.ceiling_rows, recipe.seed)
-        sub.use_proxies(source.name, rows)
+            sub.use_proxies(source.name, rows)
+        else:
+            sub.use_proxies(source.name, experts.pool.select(picked[source.name]), picked[source.name])
     seconds = {}
     for part, command in {"merge": "merge", "router": "train-router"}.items():
         begun = time.perf_counter()

@@ -1,6 +1,7 @@
 """A recipe at work: where its models, rows and experts are, each resolved and read at most once."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ class Job:
         """Experts on the Hub whose headers were fetched."""
         self._rows: dict[str, tuple[Dataset | None, Dataset | None]] = {}
         self._proxy_rows: dict[str, Dataset] = {}
+        self._picked: dict[str, Sequence[int]] = {}
 
     @functools.cached_property
     def base(self) -> hub.Resolved:
@@ -289,7 +291,7 @@ class Job:
         import random
 
         taken = [self.proxies(expert)["rows"] for expert in self.experts()]
-        free = sorted(set(range(len(self.pool))) - {row for rows in taken for row in rows})
+        free = sorted(set(range(len(self.pool))).difference(*taken, *self._picked.values()))
         count = min(len(free), sum(map(len, taken)) // len(taken))
         if count == 0:
             raise ExpertError("merge.anchor: the experts' proxies take the whole public_pool; give a larger pool")
@@ -301,9 +303,14 @@ class Job:
         folder = self.workspace.folder(f"proxies/{expert.name}") if picked_here else expert.folder
         return read_proxies(folder, expert.name)
 
-    def use_proxies(self, name: str, rows: "Dataset") -> None:
-        """Take these rows for an expert's proxies, whatever it published."""
+    def use_proxies(self, name: str, rows: "Dataset", picked: Sequence[int] = ()) -> None:
+        """Take these rows for an expert's proxies, whatever it published.
+
+        Args:
+            picked: their numbers, where they are of the pool: the anchor gets others.
+        """
         self._proxy_rows[name] = rows
+        self._picked[name] = picked
 
     def proxy_rows(self, expert: Expert) -> "Dataset":
         """Return the pool's rows that are an expert's proxies.

@@ -13,7 +13,10 @@ from mergekit_moe.methods import METHODS, methods_of
 from mergekit_moe.recipe_file import change_recipe, load_recipe
 
 EXPERTS = ("cooking", "sailing", "algebra")
-RUN = ("seed", *(f"expert-{name}" for name in EXPERTS), "soup", "btm", "ours", "unrestricted")
+DENSE = ("soup", "task-arithmetic", "ties")
+VOTES = ("btm", "btm-posterior")
+TRAINED = ("btx", "flexolmo", "metamoe")
+RUN = ("seed", *(f"expert-{name}" for name in EXPERTS), *DENSE, *VOTES, *TRAINED, "ours", "ours-top-2", "unrestricted")
 ABLATIONS = {
     "top-k": {"selection": {"method": "top-k"}},
     "no-alignment": {"alignment": {"proxies": False}},
