@@ -12,7 +12,7 @@ from mergekit_moe.modeling.experts_metamoe import MoeBlock
 from mergekit_moe.models import routers_of
 from mergekit_moe.routing import start
 from mergekit_moe.routing.statistics import gather_statistics
-from mergekit_moe.routing.training import best_scales
+from mergekit_moe.routing.training import best_factor, best_scales, sharpen
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,7 +39,8 @@ def plain_gates(model: "PreTrainedModel", proxies: "Dataset", shrinkage: float =
     """Return gates (L, K, H), float32, and how they came about; the model's own routers become these gates.
 
     A router that goes by its token alone keeps its weights and gets its bias folded in; one with context, or that adds
-    up layers, is fitted again, as LDA on the tokens' own FFN inputs, at the temperature that suits it.
+    up layers, is fitted again, as LDA on the tokens' own FFN inputs, at the temperature that suits it and, with several
+    experts a token, the task.
 
     Args:
         proxies: tokenised rows with a column `expert`, at least one of every expert.
@@ -72,6 +73,8 @@ def plain_gates(model: "PreTrainedModel", proxies: "Dataset", shrinkage: float =
             router.absolute = router.adds_layers = False
         if again:
             for router, scale in zip(routers, best_scales(model, proxies), strict=True):
-                router.weight.mul_(scale)
+                sharpen([router], scale)
+            if model.config.num_experts_per_tok > 1:
+                sharpen(routers, best_factor(model, proxies))
     how = "fitted again without context (LDA), bias folded in" if again else "as trained, bias folded in"
     return torch.stack([router.weight.detach().cpu() for router in routers]), how

@@ -263,12 +263,13 @@ def start_routers(material: Material) -> None:
         if not _scale_matters(material):
             return
         for router, scale in zip(routers, best_scales(material.model, material.proxies), strict=True):
-            _sharpen([router], scale)
+            sharpen([router], scale)
         if material.model.config.num_experts_per_tok > 1:
-            _sharpen(routers, best_factor(material.model, material.proxies))
+            sharpen(routers, best_factor(material.model, material.proxies))
 
 
-def _sharpen(routers: list[ContextRouter], factor: float) -> None:
+def sharpen(routers: list[ContextRouter], factor: float) -> None:
+    """Multiply routers' logits by a factor."""
     for router in routers:
         router.weight.mul_(factor)
         router.bias.mul_(factor)
@@ -320,9 +321,9 @@ def best_factor(model: "PreTrainedModel", proxies: "Dataset") -> float:
     sample = proxies.select([row for rows in places.values() for row in rows[:_ROWS_FOR_FACTOR]])
     routers, losses = routers_of(model), []
     for factor in _FACTORS:  # powers of two: what is multiplied and divided again is what it was
-        _sharpen(routers, factor)
+        sharpen(routers, factor)
         losses.append(judge(model, sample)["loss"])
-        _sharpen(routers, 1.0 / factor)
+        sharpen(routers, 1.0 / factor)
     return _FACTORS[losses.index(min(losses))]
 
 
