@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _BATCH = 16
 _SCALES = [2.0 ** (i / 2) for i in range(-20, 21)]
-_FACTORS = [2.0**i for i in range(-4, 9)]
+_FACTORS = [2.0**i for i in range(9)]
 _ROWS_FOR_FACTOR = 32
 """Rows of each expert that tell how sure routers should be: one number is fitted."""
 
@@ -310,10 +310,11 @@ def best_scales(model: "PreTrainedModel", proxies: "Dataset") -> list[float]:
 
 @torch.no_grad()
 def best_factor(model: "PreTrainedModel", proxies: "Dataset") -> float:
-    """Return the factor on all routers' logits at which the task loss is least: how sure to be of the first expert.
+    """Return the factor on all routers' logits, 1 or more, at which the task loss is least.
 
-    How well domains are told apart doesn't say what it costs to mix in another domain's expert. Where that costs much
-    the routers come out sure, and several experts a token are nearly one; where domains say the same, they mix.
+    How well domains are told apart doesn't say what it costs to mix in another domain's expert: where that is much,
+    the routers come out sure, and several experts a token are nearly one. Never less sure than the domains have it:
+    experts know proxies less well than their own domain's text, so that on proxies to mix looks better than it is.
     """
     places: dict[int, list[int]] = {}
     for row, expert in enumerate(proxies["expert"]):
