@@ -12,7 +12,7 @@ from mergekit_moe.modeling.experts_metamoe import MoeBlock
 from mergekit_moe.models import routers_of
 from mergekit_moe.routing import start
 from mergekit_moe.routing.statistics import gather_statistics
-from mergekit_moe.routing.training import best_factor, best_scales, sharpen
+from mergekit_moe.routing.training import fit_temperature
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,10 +71,7 @@ def plain_gates(model: "PreTrainedModel", proxies: "Dataset", shrinkage: float =
             router.bias.zero_()
             router.context_logit = None
             router.absolute = router.adds_layers = False
-        if again:
-            for router, scale in zip(routers, best_scales(model, proxies), strict=True):
-                sharpen([router], scale)
-            if model.config.num_experts_per_tok > 1:
-                sharpen(routers, best_factor(model, proxies))
+    if again:
+        fit_temperature(model, proxies)
     how = "fitted again without context (LDA), bias folded in" if again else "as trained, bias folded in"
     return torch.stack([router.weight.detach().cpu() for router in routers]), how

@@ -260,16 +260,21 @@ def start_routers(material: Material) -> None:
             router.bias.copy_(bias)
             if router.context_logit is not None:
                 router.context_logit.fill_(math.log(settings.context_weight / (1.0 - settings.context_weight)))
-        if not _scale_matters(material):
-            return
-        for router, scale in zip(routers, best_scales(material.model, material.proxies), strict=True):
-            sharpen([router], scale)
-        if material.model.config.num_experts_per_tok > 1:
-            sharpen(routers, best_factor(material.model, material.proxies))
+    if _scale_matters(material):
+        fit_temperature(material.model, material.proxies)
 
 
-def sharpen(routers: list[ContextRouter], factor: float) -> None:
-    """Multiply routers' logits by a factor."""
+@torch.no_grad()
+def fit_temperature(model: "PreTrainedModel", proxies: "Dataset") -> None:
+    """Bring routers to the temperature that suits the domains and, with several experts a token, the task."""
+    routers = routers_of(model)
+    for router, scale in zip(routers, best_scales(model, proxies), strict=True):
+        _sharpen([router], scale)
+    if model.config.num_experts_per_tok > 1:
+        _sharpen(routers, best_factor(model, proxies))
+
+
+def _sharpen(routers: list[ContextRouter], factor: float) -> None:
     for router in routers:
         router.weight.mul_(factor)
         router.bias.mul_(factor)
@@ -322,9 +327,9 @@ def best_factor(model: "PreTrainedModel", proxies: "Dataset") -> float:
     sample = proxies.select([row for rows in places.values() for row in rows[:_ROWS_FOR_FACTOR]])
     routers, losses = routers_of(model), []
     for factor in _FACTORS:  # powers of two: what is multiplied and divided again is what it was
-        sharpen(routers, factor)
+        _sharpen(routers, factor)
         losses.append(judge(model, sample)["loss"])
-        sharpen(routers, 1.0 / factor)
+        _sharpen(routers, 1.0 / factor)
     return _FACTORS[losses.index(min(losses))]
 
 

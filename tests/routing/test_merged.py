@@ -11,6 +11,7 @@ from conftest import BOS, tokens, write_adapter
 from datasets import Dataset
 from merging_tools import merge, read
 from safetensors.torch import load_file, save_file
+from test_training import said_by
 
 from mergekit_moe.evaluation.scoring import Domain, by_model, routing_of, score
 from mergekit_moe.models import load_model
@@ -51,12 +52,6 @@ def rows_of(*domains: int, seed: int = 0) -> Dataset:
             ids[1:] = 10 + 5 * domain + ids[1:] % 5
             made.append({"input_ids": ids.tolist(), "labels": ids.tolist(), "expert": domain})
     return Dataset.from_list(made)
-
-
-def said_by(model: Any, ids: list[int]) -> list[int]:
-    """Return what a model would have after each token: text that it reads better than anybody who differs from it."""
-    with torch.no_grad():
-        return [ids[0], *model(torch.tensor([ids])).logits[0, :-1].argmax(-1).tolist()]
 
 
 def fitted(base: Path, experts: list[Any], rows: Dataset, out: Path, router: Router, **given: Any) -> Any:

@@ -269,8 +269,9 @@ def test_routers_are_surer_where_the_task_has_them_so_and_never_less_sure(right:
     """Where the first expert says what the rows say, it is taken alone; where the mean does, they stay as they are."""
     model = tiny_moe("Llama", num_experts_per_tok=2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    rows = proxies(9).map(lambda row: {"labels": said(model, row["input_ids"], 1e4 if right else 1e-4)})
-    losses = {2.0**i: alone(model, rows, 2.0**i) for i in range(-4, 9)}
+    writer = surer(model, 1e4 if right else 1e-4)
+    rows = proxies(9).map(lambda row: {"labels": said_by(writer, row["input_ids"])})
+    losses = {2.0**i: summed_loss(surer(model, 2.0**i), rows) for i in range(-4, 9)}
     found, wanted = best_factor(model, rows), min(losses, key=losses.__getitem__)
     assert wanted > 1 if right else wanted < 1
     assert found == max(wanted, 1.0)
@@ -286,24 +287,27 @@ def test_a_start_with_several_experts_a_token_is_as_sure_as_the_task_has_it(star
     assert all(scale <= 1.0 for scale in best_scales(model, rows)), "for the domain alone they are sure enough"
 
 
-@torch.no_grad()
-def said(model: Any, ids: list[int], factor: float) -> list[int]:
-    """Return the likeliest token after each, by a copy of the model with routers `factor` times as sure."""
+def surer(model: Any, factor: float) -> Any:
+    """Return a copy of the model with routers `factor` times as sure."""
     other = copy.deepcopy(model)
-    for router in routers_of(other):
-        router.weight.mul_(factor)
-        router.bias.mul_(factor)
-    return [ids[0], *other(torch.tensor([ids])).logits[0, :-1].argmax(-1).tolist()]
+    with torch.no_grad():
+        for router in routers_of(other):
+            router.weight.mul_(factor)
+            router.bias.mul_(factor)
+    return other
 
 
 @torch.no_grad()
-def alone(model: Any, rows: Dataset, factor: float) -> float:
-    """Return the summed loss, row by row, of a copy of the model with routers `factor` times as sure."""
-    other, total = copy.deepcopy(model), 0.0
-    for router in routers_of(other):
-        router.weight.mul_(factor)
-        router.bias.mul_(factor)
+def said_by(model: Any, ids: list[int]) -> list[int]:
+    """Return what a model would have after each token: text that it reads better than anybody who differs from it."""
+    return [ids[0], *model(torch.tensor([ids])).logits[0, :-1].argmax(-1).tolist()]
+
+
+@torch.no_grad()
+def summed_loss(model: Any, rows: Dataset) -> float:
+    """Return the loss over all rows, one at a time."""
+    total = 0.0
     for row in rows:
-        logits = other(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
         total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"][1:]), reduction="sum"))
     return total
