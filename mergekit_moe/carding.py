@@ -179,6 +179,7 @@ def write_model_card(job: Job, out: Path) -> None:
         router_fitted=fitted is not None,
         other_weights=describe_other_weights(job.recipe, report),
         temperature=job.recipe.matching.temperature,
+        judged_by=results["judged_by"] if results else "loss",
         loss_table=tables.markdown(*tables.loss_rows(results)) if results else "",
         accuracy_table=tables.markdown(*tables.accuracy_rows(results)) if results else "",
         domain_table=tables.markdown(*tables.domain_rows(results)) if results else "",

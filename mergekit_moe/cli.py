@@ -438,7 +438,7 @@ def _print_results(job: "Job") -> None:
     from mergekit_moe.workspace import read_json
 
     results = read_json(job.workspace.folder("evaluation") / tables.RESULTS)
-    parts = [("held-out loss, nats a token", tables.loss_rows(results)), ("unified model", tables.domain_rows(results))]
+    parts = [("held-out loss, in nats", tables.loss_rows(results)), ("unified model", tables.domain_rows(results))]
     if (accuracies := tables.accuracy_rows(results))[1]:
         parts.append(("held-out accuracy", accuracies))
     if results["proxies"]:

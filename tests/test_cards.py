@@ -101,6 +101,7 @@ FACTS: dict[str, dict[str, Any]] = {
         "anchor": True,
         "router_fitted": True,
         "other_weights": ["news: `model.norm.weight` (0.01 of the base's norm); left out"],
+        "judged_by": "loss",
         "loss_table": "| method | law |\n| --- | ---: |\n| seed | 2.0000 |",
         "domain_table": "| domain | retention |\n| --- | ---: |\n| law | 0.950 |",
         "accuracy_table": "| method | law |\n| --- | ---: |\n| seed | 0.250 |",

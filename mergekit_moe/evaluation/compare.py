@@ -7,7 +7,7 @@ import torch
 
 from mergekit_moe.data import batches
 from mergekit_moe.evaluation.judging import judge
-from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss
+from mergekit_moe.evaluation.metrics import Retention, RoutingAccuracy, TokenLoss, judged_by, what_is_lost
 from mergekit_moe.evaluation.scoring import Domain, by_model, score, tokenized
 from mergekit_moe.evaluation.tables import RESULTS
 from mergekit_moe.models import load_expert, load_model, load_reader, recorded_routers, scored_inputs, shared_parameters
@@ -50,6 +50,7 @@ def evaluate_models(
     results = {
         "domains": {d.name: {"rows": len(d.rows)} for d in domains},
         "methods": losses,
+        "judged_by": judged_by(losses[SEED].values()),
         "retention": {m: _retention(losses, m, domains) for m in losses},
         "routing": {d.name: routing_accuracy(model, d, settings) for d in domains},
         "proxies": proxy_shares,
@@ -106,15 +107,11 @@ def _expert_losses(
 
 
 def _retention(losses: dict[str, Any], method: str, domains: list[Domain]) -> dict[str, Any]:
-    """How much is kept of each expert's gain over the seed: in loss, or in errors where rows have labels."""
-
-    def lost(method: str, domain: Domain) -> float:
-        said = losses[method][domain.name]
-        return 1.0 - said["accuracy"] if "accuracy" in said and domain.questions is None else said["loss"]
-
+    """How much is kept of each expert's gain over the seed: in right answers, or in loss where not all give any."""
+    metric = judged_by(losses[SEED].values())
     computed = Retention().compute(
-        predictions=[lost(method, d) for d in domains],
-        references=[[lost(SEED, d), lost(OWN, d)] for d in domains],
+        predictions=[what_is_lost(losses[method][d.name], metric) for d in domains],
+        references=[[what_is_lost(losses[m][d.name], metric) for m in (SEED, OWN)] for d in domains],
     )
     each = dict(zip([d.name for d in domains], computed["retention"], strict=True))
     return {"by_domain": each, "mean": computed["mean_retention"]}

@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from mergekit_moe.evaluation.metrics import Retention, judged_by, what_is_lost
 from mergekit_moe.evaluation.tables import markdown
 
 ORACLE = "oracle"
@@ -17,7 +18,7 @@ _ON_A_TERMINAL = ("average", "retention", "routing acc.", "runs")
 def assemble(methods: dict[str, Any], experts: list[str]) -> dict[str, Any]:
     """Return the comparison: the methods' results, with the oracle's and each one's retention put in.
 
-    Retention is (ours - seed) / (own expert - seed), on the loss, or on the accuracy where rows have labels.
+    Retention is on the loss, or on the accuracy where all domains' rows have labels or a task.
 
     Args:
         methods: name -> `label`, `group`, `private` and `seeds`: random seed -> result, where there is one.
@@ -26,7 +27,7 @@ def assemble(methods: dict[str, Any], experts: list[str]) -> dict[str, Any]:
     seeds = {seed for method in methods.values() for seed in method["seeds"]}
     results = [result for method in methods.values() for result in method["seeds"].values()]
     domains = list(results[0]["domains"]) if results else []
-    metric = "accuracy" if results and all("accuracy" in results[0]["domains"][d] for d in domains) else "loss"
+    metric = judged_by(results[0]["domains"].values()) if results else "loss"
     for seed in seeds:
         alone = {d: methods.get(f"expert-{d}", {"seeds": {}})["seeds"].get(seed) for d in domains}
         if all(alone.values()):
@@ -50,18 +51,23 @@ def assemble(methods: dict[str, Any], experts: list[str]) -> dict[str, Any]:
 
 
 def _retention(scores: dict[str, Any], references: dict[str, Any], metric: str) -> dict[str, Any]:
-    kept: dict[str, float | None] = {}
-    for domain, score in scores.items():
-        seed, own = references.get("seed"), references.get(f"expert-{domain}")
-        if seed is None or own is None or metric not in score:
-            kept[domain] = None
-            continue
-        gained = own[domain][metric] - seed[domain][metric]
-        # Of an expert that learnt nothing there is nothing to keep.
-        learnt = gained > 0 if metric == "accuracy" else gained < 0
-        kept[domain] = (score[metric] - seed[domain][metric]) / gained if learnt else None
-    known = [value for value in kept.values() if value is not None]
-    return {"by_domain": kept, "mean": statistics.fmean(known) if len(known) == len(kept) else None}
+    """Return what is kept of each domain and of all; None where it isn't known: a vote writes no answers."""
+    known = {
+        domain: [references[name][domain] for name in ("seed", f"expert-{domain}")]
+        for domain, score in scores.items()
+        if metric in score and "seed" in references and f"expert-{domain}" in references
+    }
+    computed = (
+        Retention().compute(
+            predictions=[what_is_lost(scores[domain], metric) for domain in known],
+            references=[[what_is_lost(one, metric) for one in pair] for pair in known.values()],
+        )
+        if known
+        else {"retention": [], "mean_retention": None}
+    )
+    kept = dict(zip(known, computed["retention"], strict=True))
+    mean = computed["mean_retention"] if len(known) == len(scores) else None
+    return {"by_domain": {domain: kept.get(domain) for domain in scores}, "mean": mean}
 
 
 def comparison_rows(comparison: dict[str, Any], groups: tuple[str, ...]) -> tuple[list[str], list[list[str]]]:

@@ -16,10 +16,14 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def _retention(results: dict[str, Any]) -> str:
+    return "retention" if results["judged_by"] == "loss" else "retention (accuracy)"
+
+
 def loss_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return (header, rows): each method's held-out loss in nats a token on each domain, and its mean retention."""
+    """Return (header, rows): each method's held-out loss in nats on each domain, and its mean retention."""
     domains = list(results["domains"])
-    header = ["method", *domains, "mean retention"]
+    header = ["method", *domains, f"mean {_retention(results)}"]
     rows = []
     for method, losses in results["methods"].items():
         mean = results["retention"][method]["mean"]
@@ -48,7 +52,7 @@ def accuracy_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def domain_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return (header, rows): what the unified model keeps of each domain's expert, and where its tokens go."""
-    header = ["domain", "retention", "routing acc.", "lowest layer", "ppl seed", "ppl expert", "ppl unified"]
+    header = ["domain", _retention(results), "routing acc.", "lowest layer", "ppl seed", "ppl expert", "ppl unified"]
     rows = []
     for domain in results["domains"]:
         routing = results["routing"][domain]

@@ -182,6 +182,11 @@ def test_evaluate_reports_accuracy_beside_the_loss(
         written = judge_generation(model, tokenizer, asked[1], task, Evaluation())
         assert found["code"]["accuracy"] == written["accuracy"]
     assert 0 < results["methods"]["unified"]["law"]["accuracy"] < 1
+    right = {name: {d: found[d]["accuracy"] for d in found} for name, found in results["methods"].items()}
+    for name, kept in results["retention"]["unified"]["by_domain"].items():  # all have a task: it is what counts
+        learnt = right[name][name] - right["seed"][name]
+        share = (right["unified"][name] - right["seed"][name]) / learnt if learnt > 0 else None
+        assert kept == (share if share is None else pytest.approx(share))
     card = (tmp_path / "ws/merged/README.md").read_text()
     share = results["methods"]["unified"]["law"]["accuracy"]
     assert "| method | law | law (by length) | code |" in card

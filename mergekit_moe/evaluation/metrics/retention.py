@@ -1,16 +1,18 @@
 """How much of an expert's gain over the seed a unified model keeps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import datasets
 import evaluate
 
 
 class Retention(evaluate.Metric):
-    """(seed - ours) / (seed - own expert), losses in nats a token: 1 keeps all, 0 is the seed, below 0 is worse.
+    """(seed - ours) / (seed - own expert), of losses in nats a token or of shares of wrong answers.
 
-    predictions: our loss on each domain. references: `[seed's loss, own expert's loss]` on each domain.
-    None where the own expert is no better than the seed: there is no gain to keep. The mean is over the others.
+    1 keeps all, 0 is the seed, below 0 is worse. predictions: ours on each domain. references: `[the seed's, the own
+    expert's]` on each domain. None where the own expert is no better than the seed: there is no gain to keep. The mean
+    is over the others.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -32,3 +34,13 @@ class Retention(evaluate.Metric):
         ]
         defined = [value for value in each if value is not None]
         return {"retention": each, "mean_retention": sum(defined) / len(defined) if defined else None}
+
+
+def judged_by(scores: Iterable[Mapping[str, Any]]) -> str:
+    """Return what domains of these scores are judged by: `accuracy` where all have labels or a task, else `loss`."""
+    return "accuracy" if all("accuracy" in score for score in scores) else "loss"
+
+
+def what_is_lost(score: Mapping[str, Any], metric: str) -> float:
+    """Return the loss, or the share of wrong answers."""
+    return float(1.0 - score["accuracy"] if metric == "accuracy" else score["loss"])
