@@ -50,7 +50,12 @@ def _validated(values: dict[str, Any], what: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{what}: {_sentence(e)}" for e in error.errors())) from None
+        raise RecipeError(in_words(error, what)) from None
+
+
+def in_words(error: ValidationError, what: str) -> str:
+    """Return what is wrong with `what`, a line for every field."""
+    return "\n".join(f"{what}: {_sentence(e)}" for e in error.errors())
 
 
 def _changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from mergekit_moe.architectures import architecture_of
@@ -20,6 +21,7 @@ from mergekit_moe.merging.other_weights import find_differences, tell_difference
 from mergekit_moe.merging.output import copy_companions, in_type, write_checkpoint
 from mergekit_moe.merging.unify import CODE, MODELING, report_on_expert, shares_ffn
 from mergekit_moe.recipe import ANCHOR, Merge, Router
+from mergekit_moe.recipe_file import in_words
 from mergekit_moe.weights import Planned, Weights, passed_through
 from mergekit_moe.workspace import write_json
 
@@ -57,9 +59,10 @@ class Unified(NamedTuple):
     @property
     def merge(self) -> Merge:
         """How it was merged."""
-        return Merge(
-            **{key: value for key, value in self.report["merge"].items() if value is not None and key in _KEPT}
-        )
+        values = self.report["merge"]
+        if isinstance(values, dict):
+            values = {key: value for key, value in values.items() if value is not None and key in _KEPT}
+        return Merge.model_validate(values)
 
 
 _KEPT = ("top_k", "renormalise", "anchor", "other_weights", "compress", "dtype")
@@ -80,7 +83,13 @@ def read_unified(folder: Path) -> Unified:
     report = read_config(folder, REPORT, what)
     if not {"base_model", "merge", "router", "routers_fitted", "experts", "seed"} <= report.keys():
         raise ExpertError(f"{what}: {folder / REPORT} is not what `metamoe merge` writes; merge again")
-    return Unified(folder, config, report, Weights(folder, shards_of(folder, what), what))
+    unified = Unified(folder, config, report, Weights(folder, shards_of(folder, what), what))
+    for part in ("router", "merge"):
+        try:
+            getattr(unified, part)
+        except ValidationError as error:
+            raise ExpertError(in_words(error, f"{folder / REPORT}: {part}")) from None
+    return unified
 
 
 def base_within(unified: Unified) -> Base:

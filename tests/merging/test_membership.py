@@ -183,6 +183,27 @@ def test_what_cannot_be_added_is_one_sentence(base_folder: Path, tmp_path: Path,
     assert not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "sentence"),
+    [
+        ("router", {"start": "magic"}, r"merge\.json: router: start: input should be 'uniform', .* got 'magic'"),
+        ("router", {"rooter": 1}, r"merge\.json: router: unknown key 'rooter'; did you mean 'router'\?|allowed are"),
+        ("merge", {"top_k": 0}, r"merge\.json: merge: top_k: input should be greater than or equal to 1, got 0"),
+        ("merge", 3, r"merge\.json: merge: input should be a valid dictionary"),
+    ],
+)
+def test_a_report_changed_by_hand_is_one_sentence(
+    base_folder: Path, tmp_path: Path, sources: dict[str, Path], part: str, value: object, sentence: str
+) -> None:
+    model = merge(base_folder, experts(base_folder, sources, "plain", "tuned"), tmp_path / "moe", DATA_FREE[0])
+    report = json.loads((model / "merge.json").read_text())
+    (model / "merge.json").write_text(json.dumps(report | {part: value}))
+    for ask in (lambda: inspect_model(model), lambda: drop_expert(model, "plain", tmp_path / "out")):
+        with pytest.raises(ExpertError, match=sentence) as raised:
+            ask()
+        assert "\n" not in str(raised.value) and "pydantic" not in str(raised.value)
+
+
 def test_inspect_tells_what_was_merged(base_folder: Path, tmp_path: Path, sources: dict[str, Path]) -> None:
     (sources["plain"] / "README.md").write_text("---\nlicense: mit\n---\n")
     members = experts(base_folder, sources, "plain", "tuned", "pattern")
