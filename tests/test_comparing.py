@@ -115,6 +115,15 @@ def test_what_ran_is_not_run_again(compared: tuple[Path, object]) -> None:
     assert set(comparison_of(folder)["methods"]) >= {"btm", "ours"}
 
 
+def test_the_oracle_alone_makes_the_experts_and_an_empty_table(
+    compared: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    shutil.copytree(compared[0] / "ws", tmp_path / "ws", ignore=shutil.ignore_patterns("methods", "comparison"))
+    done = metamoe("compare", compared[0] / "tiny.yaml", "--workspace", tmp_path / "ws", "--only", "oracle")
+    assert "comparison.md" in done.stdout
+    assert json.loads((tmp_path / "ws/comparison/comparison.json").read_text())["methods"] == {}
+
+
 @pytest.mark.parametrize(
     ("comparison", "arguments", "sentence"),
     [

@@ -120,7 +120,7 @@ def draw_ablations(comparison: dict[str, Any]) -> Figure:
 
 def write_figures(comparison: dict[str, Any], folder: Path) -> list[Path]:
     """Write the pictures that a comparison has numbers for as PNG files; return their paths."""
-    drawn = {"retention.png": draw_retention}
+    drawn = {"retention.png": draw_retention} if comparison["methods"] else {}
     ours = _of_groups(comparison, "ours")  # may not have run yet: methods can be run one by one
     if ours and all("routing" in run for run in ours[0]["seeds"].values()):
         drawn["routing.png"] = draw_routing

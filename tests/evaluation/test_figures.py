@@ -137,6 +137,11 @@ def test_files_are_the_same_bytes_each_time_and_only_what_there_are_numbers_for(
     assert [path.name for path in write_figures(numbers, tmp_path / "again")] == ["retention.png"]
 
 
+def test_before_anything_has_run_there_is_no_picture(tmp_path: Path) -> None:
+    assert write_figures(comparison() | {"methods": {}, "domains": []}, tmp_path) == []
+    assert not list(tmp_path.iterdir())
+
+
 def test_before_ours_has_run_there_are_bars_alone(tmp_path: Path) -> None:
     numbers = comparison()
     del numbers["methods"]["ours"]

@@ -40,6 +40,8 @@ LANGUAGE_PAPER = {
     "router.training.epochs": 1.0,
     "router.training.learning_rate": 1e-4,
 }
+COMPARED = {LANGUAGE[0]: ("seed", "btm-posterior", "metamoe", "ours"), VISION[0]: ("seed", "btm", "metamoe", "ours")}
+"""A recipe of each kind, and which of the table's methods its stand-in goes through, beside the experts."""
 VISION_PAPER = {
     "alignment.optimizer": "sgd",
     "alignment.momentum": 0.9,
@@ -93,6 +95,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("paper")
     commands = [["check", RECIPES / name, "--workspace", folder / "checked"] for name in EXPERTS]
     commands += [["run", smaller(name, folder), "--workspace", folder / f"{name}-run"] for name in EXPERTS]
+    for name, methods in COMPARED.items():
+        only = ",".join([*methods, *(f"expert-{expert}" for expert in EXPERTS[name])])
+        where = ["--workspace", folder / f"{name}-compared", "--seeds", "0"]
+        commands.append(["compare", folder / name, *where, "--only", only])
     given = json.dumps([[str(word) for word in command] for command in commands])
     hub = paper_hub(tmp_path_factory.mktemp("hub"))
     with serve(hub):
@@ -148,6 +154,15 @@ def test_a_recipe_runs_to_the_end_on_a_model_of_its_kind(finished: tuple[Path, s
     assert config["model_type"] == ("metamoe_llama" if name in LANGUAGE else "metamoe_clip")
     license = fields(RECIPES / name)["card.license"]
     assert f"license: {license}" in (workspace / "model/README.md").read_text()
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_recipe_s_table_comes_out_of_one_command(finished: tuple[Path, str], name: str) -> None:
+    found = json.loads((finished[0] / f"{name}-compared/comparison/comparison.json").read_text())
+    assert found["metric"] == "accuracy" and found["domains"] == list(EXPERTS[name])
+    assert set(found["methods"]) == {*COMPARED[name], "oracle", *(f"expert-{expert}" for expert in EXPERTS[name])}
+    for method in found["methods"].values():
+        assert all(0 <= score["accuracy"] <= 1 for score in method["seeds"]["0"]["domains"].values())
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.name)
