@@ -65,7 +65,9 @@ def audit(job: Job) -> dict[str, Any]:
         write_json(out / AUDIT, report)
 
     published = {c.name: job.workspace.digest_of(f"experts/{c.name}", "publish") for c in job.clients}
-    folder = job.workspace.build("audit", {"experts": published, "seed": job.recipe.seed}, make)
+    judged = {c.name: [job.private_fingerprint(c), job.held_out_fingerprint(c)] for c in job.clients}
+    inputs = {"experts": published, "rows": judged, "seed": job.recipe.seed}
+    folder = job.workspace.build("audit", inputs, make)
     return report or read_json(folder / AUDIT)
 
 

@@ -176,7 +176,7 @@ def write_model_card(job: Job, out: Path) -> None:
         context=job.router.context,
         silent_tokens=read_config(model, "config.json", "model")["router_excluded_token_ids"],
         anchor=job.recipe.merge.anchor,
-        router_fitted=fitted is not None,
+        router_fitted=report["routers_fitted"],
         other_weights=describe_other_weights(job.recipe, report),
         temperature=job.recipe.matching.temperature,
         judged_by=results["judged_by"] if results else "loss",

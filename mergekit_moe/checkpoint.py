@@ -18,7 +18,8 @@ REPORT = "merge.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Either says how an image becomes numbers."""
 _COMPANIONS = (
-    *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja", "generation_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"),
+    "generation_config.json",
     *PROCESSORS,
     # How sentence-transformers makes one vector of a text.
     *("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json"),

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mergekit_moe import __version__
-from mergekit_moe.errors import MetaMoeError
+from mergekit_moe.errors import HarnessError, MetaMoeError
 from mergekit_moe.workspace import leave_processes
 
 if TYPE_CHECKING:
@@ -287,6 +287,8 @@ def harness(
     from mergekit_moe.harness import metric_rows, run_harness
     from mergekit_moe.workspace import write_json
 
+    if out is not None and not out.parent.is_dir():
+        raise HarnessError(f"--out: there is no folder {out.parent}; make it first")
     found = run_harness(model, _listed(tasks), include_path=include_path, limit=limit, batch_size=batch_size)
     _print_table(found["model"], *metric_rows(found))
     if out is not None:

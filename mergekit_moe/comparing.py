@@ -10,13 +10,14 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_moe import data, pipeline
 from mergekit_moe.errors import RecipeError
 from mergekit_moe.experts import read_proxies
 from mergekit_moe.job import Job
 from mergekit_moe.methods import ORACLE, Method, methods_of
+from mergekit_moe.plan import plan
 from mergekit_moe.recipe import ANCHOR, ExpertSource, Recipe, TrainedSeed
 from mergekit_moe.recipe_file import change_recipe
 from mergekit_moe.workspace import Workspace, process_state, read_json, write_json
@@ -52,10 +53,12 @@ def compare(job: Job, *, only: Sequence[str] = (), seeds: Sequence[str] = ()) ->
     _require_comparable(job.recipe)
     methods, chosen = _chosen(job.recipe, only), _numbers(seeds)
     jobs = list(_jobs_of_seeds(job, sorted({*job.recipe.comparison.seeds, *chosen})))
+    if not job.clients:
+        plan(jobs[0])  # nothing is made of these experts that would be looked at first
     for of_seed in jobs:
         if of_seed.recipe.seed not in (chosen or job.recipe.comparison.seeds):
             continue
-        for command in ("select", "align", "publish") if of_seed.clients else ("select",) if of_seed.foreign else ():
+        for command in ("select", "align", "publish") if of_seed.clients else ():
             pipeline.run(of_seed, command)
         for name, method in methods.items():
             if name != ORACLE:
@@ -92,6 +95,8 @@ def _chosen(recipe: Recipe, only: Sequence[str]) -> dict[str, Method]:
             continue
         what = f"comparison.ablations.{name.removeprefix('ablation-')}"
         change_recipe(recipe, method.changes or {}, what)
+        if "selection" in (method.changes or {}) and all(expert.client is None for expert in recipe.experts):
+            raise RecipeError(f"{what}.selection: all experts brought their proxies, and nobody selects any; drop it")
         for part in (method.changes or {}).keys() - _CHANGEABLE:
             raise RecipeError(
                 f"{what}.{part}: all methods share it; an ablation changes {', '.join(sorted(_CHANGEABLE))}"
@@ -122,17 +127,29 @@ def _jobs_of_seeds(job: Job, seeds: list[int]) -> Iterator[Job]:
         yield Job(recipe, job.name, workspace)
 
 
-def _measure_method(job: Job, name: str, method: Method) -> None:
-    """Make the result of one method for one random seed."""
-    changes = method.changes or {}
+class _Measurement(NamedTuple):
+    """What one method's result for one random seed is made from."""
+
+    experts: Job
+    """Whose experts are unified."""
+    judged: Job
+    """Of the recipe as the method changes it."""
+    picked: dict[str, list[int]]
+    """Each expert's proxies, as the pool's rows."""
+    inputs: dict[str, Any]
+
+
+def _measurement(job: Job, name: str, method: Method) -> _Measurement:
+    """Return what a method's result is made from, once its experts and proxies are there."""
     changed = _changed(job.recipe, name, method)
     judged = Job(changed, job.name, job.workspace)
-    variant = _variant(job, name, changes)
-    experts = variant if changes.keys() & set(_ALIGNING) else job
+    variant = _variant(job, name, method)
+    experts = variant if _aligns(method) else job
     picked = {source.name: _picked(experts, variant, source) for source in job.recipe.experts}
     tasks = [task.model_dump(mode="json") for expert in changed.experts if (task := expert.task)]
     inputs = {
-        **_asked(job.recipe, changed, method),
+        "method": [method.changes or {}, method.private and [job.recipe.comparison.ceiling_rows, "at random"]],
+        "recipe": {key: getattr(changed, key).model_dump(mode="json") for key in _judging(changed, method)},
         **({"tasks": tasks} if tasks else {}),
         "base": job.base_identity,
         "experts": experts.expert_identities(),
@@ -141,8 +158,17 @@ def _measure_method(job: Job, name: str, method: Method) -> None:
         "strangers": data.fingerprint(list(job.recipe.comparison.strangers.values()), job.data_dir, "strangers"),
         "seed": job.recipe.seed,
     }
-    make = functools.partial(_measure, experts, judged, name, method, picked)
-    job.workspace.build(f"methods/{name}", inputs, make)
+    return _Measurement(experts, judged, picked, inputs)
+
+
+def _measure_method(job: Job, name: str, method: Method) -> None:
+    """Make the result of one method for one random seed."""
+    if (variant := _variant(job, name, method)) is not job:
+        for command in ("select", "align", "publish") if _aligns(method) else ("select",):
+            pipeline.run(variant, command)
+    given = _measurement(job, name, method)
+    make = functools.partial(_measure, given.experts, given.judged, name, method, given.picked)
+    job.workspace.build(f"methods/{name}", given.inputs, make)
 
 
 def _changed(recipe: Recipe, name: str, method: Method) -> Recipe:
@@ -151,36 +177,35 @@ def _changed(recipe: Recipe, name: str, method: Method) -> Recipe:
     return change_recipe(recipe, method.changes or {}, f"comparison.{name}", without=without)
 
 
-def _asked(recipe: Recipe, changed: Recipe, method: Method) -> dict[str, Any]:
-    """Return what of a method's inputs the recipe alone tells: where it changed since, a result is an old one."""
-    return {
-        "method": [method.changes or {}, method.private and [recipe.comparison.ceiling_rows, "at random"]],
-        "recipe": {key: getattr(changed, key).model_dump(mode="json") for key in _judging(changed, method)},
-    }
-
-
 def _judging(recipe: Recipe, method: Method) -> tuple[str, ...]:
     """Return the parts of a recipe that change what a method is found to be worth."""
     merging = () if method.changes is None else ("merge",) if method.dense else ("merge", "router")
     return (*merging, "evaluation", *(["matching"] if recipe.matches_labels else []))
 
 
-def _variant(job: Job, name: str, changes: dict[str, Any]) -> Job:
-    """Return a job whose proxies, and experts where asked for, are as the changes say; its folders are made."""
+def _aligns(method: Method) -> bool:
+    """Whether a method trains experts of its own."""
+    return bool((method.changes or {}).keys() & set(_ALIGNING))
+
+
+def _variant(job: Job, name: str, method: Method) -> Job:
+    """Return a job whose proxies, and experts where asked for, are as a method wants them: the same where it is one."""
+    changes = method.changes or {}
     parts = {part: value for part, value in changes.items() if part in (*_ALIGNING, "selection")}
-    if not parts:
+    if not parts or not job.clients:
         return job
     folder = job.workspace.folder(f"variants/{name.removeprefix('ablation-')}")
     workspace = Workspace(folder, job.workspace.report, (job.workspace, *job.workspace.lenders))
-    variant = Job(change_recipe(job.recipe, parts, f"comparison.{name}"), job.name, workspace)
-    for command in ("select", "align", "publish") if changes.keys() & set(_ALIGNING) else ("select",):
-        pipeline.run(variant, command)
-    return variant
+    return Job(change_recipe(job.recipe, parts, f"comparison.{name}"), job.name, workspace)
 
 
 def _picked(experts: Job, selecting: Job, source: ExpertSource) -> list[int]:
     """Return the pool's rows that are an expert's proxies."""
-    if selecting is experts or (source.client is None and source.proxies == "published"):
+    if source.client is None and source.proxies == "published":
+        expert = experts.expert(source)
+        experts.proxy_rows(expert)  # are they of this pool?
+        return experts.proxies(expert)["rows"]
+    if selecting is experts:
         return experts.proxies(experts.expert(source))["rows"]
     return read_proxies(selecting.workspace.folder(f"proxies/{source.name}"), source.name)["rows"]
 
@@ -284,15 +309,31 @@ def _trained_parameters(sub: Job, model: Any) -> int:
     return sum(parameter.numel() for parameter in trainable(model, training).values())
 
 
-def _is_of_this_recipe(job: Job, name: str, method: Method) -> bool:
-    """Whether a result is there, and the recipe still asks for what it was measured with; else it is told."""
+def _is_of_this_recipe(job: Job, name: str, method: Method, *, published: bool) -> bool:
+    """Whether a result is there, and from what the recipe and its data are now; else it is told.
+
+    Args:
+        published: whether the experts are.
+    """
     stage = f"methods/{name}"
     if not (job.workspace.folder(stage) / RESULT).is_file():
         return False
-    if job.workspace.made_from(stage, _asked(job.recipe, _changed(job.recipe, name, method), method)):
+    variant = _variant(job, name, method)
+    made = published and (variant is job or _is_current(variant, "publish" if _aligns(method) else "select"))
+    if made and job.workspace.is_current(stage, _measurement(job, name, method).inputs):
         return True
     job.workspace.report(f"{name}, random seed {job.recipe.seed}: of an older recipe, left out; run it again")
     return False
+
+
+def _is_current(job: Job, last: str) -> bool:
+    """Whether all that the commands up to `last` make is there, and from what the recipe and its data are now."""
+    for step in pipeline.steps(job):
+        if pipeline.COMMANDS.index(step.command) > pipeline.COMMANDS.index(last):
+            break
+        if not job.workspace.is_current(step.folder, step.inputs):
+            return False
+    return True
 
 
 def _write_comparison(job: Job, jobs: list[Job]) -> dict[str, Any]:
@@ -300,6 +341,7 @@ def _write_comparison(job: Job, jobs: list[Job]) -> dict[str, Any]:
     from mergekit_moe.evaluation.comparison import assemble, write_tables
     from mergekit_moe.evaluation.figures import write_figures
 
+    published = [of_seed for of_seed in jobs if _is_current(of_seed, "publish")]
     found = {
         name: {
             "label": method.label,
@@ -308,7 +350,7 @@ def _write_comparison(job: Job, jobs: list[Job]) -> dict[str, Any]:
             "seeds": {
                 str(of_seed.recipe.seed): read_json(of_seed.workspace.folder(f"methods/{name}") / RESULT)
                 for of_seed in jobs
-                if _is_of_this_recipe(of_seed, name, method)
+                if _is_of_this_recipe(of_seed, name, method, published=of_seed in published)
             },
         }
         for name, method in methods_of(job.recipe).items()

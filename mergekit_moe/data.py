@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -189,8 +190,14 @@ class Texts(Sequence[Any]):
 
 
 def is_encoders(tokenizer: Any) -> bool:
-    """Whether a tokenizer frames a whole text, as text encoders' do: CLS before it and SEP after it."""
-    return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+    """Whether a tokenizer frames a whole text, as text encoders' do: CLS before it and SEP after it.
+
+    By what it does: a decoder's may name such tokens and use neither.
+    """
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        return False
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
 
 
 def leading_tokens(reader: Any) -> list[int]:
@@ -371,7 +378,7 @@ def _label(source: DataSource, row: dict[str, Any], classes: dict[str, list[str]
 
 
 def _load(source: DataSource, data_dir: Path, what: str, public: bool) -> "Dataset | IterableDataset":
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset, config, load_dataset
     from datasets.exceptions import DatasetsError
 
     if source.installed is not None:
@@ -379,18 +386,19 @@ def _load(source: DataSource, data_dir: Path, what: str, public: bool) -> "Datas
     path = data_dir / str(source.dataset)
     if not path.exists():
         return hub.load_hub_dataset(
-            str(source.dataset), source.revision, source.split, what, streaming=source.streaming
+            str(source.dataset), source.revision, source.split, what, streaming=source.streaming, public=public
         )
     given: dict[str, Any] = {"path": str(path), "split": source.split}
     if path.is_file():
         given = {"path": _builder(path, what), "data_files": [str(path)], "split": "train"}
     try:
-        if public:
-            return load_dataset(**given)
+        if public:  # by content: `datasets` alone takes a file that was changed within its old time for the old one
+            kept = Path(config.HF_DATASETS_CACHE) / "mergekit_moe" / "read" / digest(_content(source, data_dir, what))
+            return load_dataset(**given, cache_dir=str(kept))
         # Private rows may be among these: what `datasets` would leave in its cache is gone when this returns.
         with tempfile.TemporaryDirectory() as cache:
             return load_dataset(**given, cache_dir=cache, keep_in_memory=True)
-    except (DatasetsError, OSError, ValueError, StopIteration) as error:  # the last: nothing in the file
+    except (DatasetsError, OSError, EOFError, zlib.error, ValueError, StopIteration) as error:  # the last: it is empty
         reason = " ".join(str(error.__cause__ or error).split()) or "it is empty"
         raise DataError(f"{what}: {_name(source)} can't be read: {reason}") from None
 
@@ -405,15 +413,26 @@ def _builder(path: Path, what: str) -> str:
     return _BUILDERS[suffix]
 
 
-def _content(source: DataSource, data_dir: Path, what: str, tell: Callable[[str], None] | None) -> Any:
+def _content(source: DataSource, data_dir: Path, what: str, tell: Callable[[str], None] | None = None) -> Any:
     if source.installed is not None:
         return _installed_content(source.installed)
     path = data_dir / str(source.dataset)
     if path.is_dir():
-        return digest([[str(p.relative_to(path)), file_sha256(p)] for p in sorted(path.rglob("*")) if p.is_file()])
+        return digest([[str(p.relative_to(path)), _hashed(p)] for p in sorted(path.rglob("*")) if p.is_file()])
     if path.exists():
-        return file_sha256(path)
+        return _hashed(path)
     return hub.resolve_dataset(str(source.dataset), source.revision, what, tell=tell)
+
+
+def _hashed(path: Path) -> str:
+    """Return a file's sha256, read once by each run of a command: it is asked for by many stages."""
+    facts = path.stat()
+    return _hashed_once(path, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+
+
+@functools.cache
+def _hashed_once(path: Path, *facts: int) -> str:
+    return file_sha256(path)
 
 
 @functools.cache

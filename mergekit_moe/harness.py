@@ -124,6 +124,6 @@ class PromptContextLM(HFLM):
             labels = batch["labels"][:, 1:]
             losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
             greedy = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)
-            sums = losses.double().sum(1)
+            sums = losses.cpu().double().sum(1)
             found |= {place: (-float(s), bool(g)) for place, s, g in zip(places, sums, greedy, strict=True)}
         return [found[place] for place in range(len(rows))]

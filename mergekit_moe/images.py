@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 IMAGE = "image"
 """The column that holds a row's image."""
+_WITHOUT_RANGE = ("I", "F")
+"""Pillow's modes whose numbers may be of any size: to cut them at 255, as Pillow would, may leave nothing but white."""
 
 
 def has_images(rows: "Dataset") -> bool:
@@ -71,6 +73,8 @@ def _require_image(content: bytes, named: str) -> None:
 
     try:
         with Image.open(io.BytesIO(content)) as image:
+            if image.mode in _WITHOUT_RANGE:
+                raise ValueError(f"its numbers ({image.mode}) have no known black and white; save it with 8 or 16 bits")
             image.draft("RGB", (32, 32))  # a JPEG at an eighth of its size is read to its end, too, in less time
             image.load()
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
@@ -80,10 +84,14 @@ def _require_image(content: bytes, named: str) -> None:
 
 def decode(content: bytes) -> "Image":
     """Return an image file's pixels in RGB, the right way up; the file was looked at when its row was read."""
+    import numpy as np
     from PIL import Image, ImageOps
 
-    with Image.open(io.BytesIO(content)) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    with Image.open(io.BytesIO(content)) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):  # Pillow would cut at 255 what goes up to 65,535: all white
+            image = Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8))
+        return image.convert("RGB")
 
 
 @dataclass(frozen=True)

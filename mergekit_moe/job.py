@@ -13,7 +13,7 @@ from mergekit_moe.errors import ExpertError
 from mergekit_moe.experts import PROXIES, STATISTICS, Base, Expert, read_base, read_expert, read_proxies
 from mergekit_moe.image_recipe import SEED_EMBEDDER, embedder_of, is_of_images
 from mergekit_moe.recipe import ClipSeed, DataSource, ExpertSource, Recipe, Router, TrainedSeed
-from mergekit_moe.selection.embedding import choose_backend, load_embedder, resolve_embedder
+from mergekit_moe.selection.embedding import choose_backend, embedder_fingerprint, load_embedder, resolve_embedder
 from mergekit_moe.workspace import Workspace, digest, file_sha256
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Job:
         settings = self.recipe.selection
         if self.embeds_itself:
             return {"embedder": [SEED_EMBEDDER, self.base_identity], "dtype": settings.embedding_dtype}
-        version = self.embedder.revision or weights_fingerprint(self.embedder.folder, "selection.embedder")
+        version = self.embedder.revision or embedder_fingerprint(self.embedder.folder)
         return {
             "embedder": [settings.embedder, version, self._embedder_backend],
             "max_length": settings.embedder_max_length,
@@ -260,7 +260,7 @@ class Job:
 
     def expert_identities(self) -> list[list[Any]]:
         """Return what changes whenever an expert does."""
-        matters = ("base_weights", "domain_free_token_ids")
+        matters = ("base_weights", "domain_free_token_ids", "labels")
         experts = [self.expert(source, weights=False) for source in self.recipe.experts]
         identities: list[list[Any]] = [
             [e.name, e.revision, [e.about.get(key) for key in matters], e.revision or published_files(e)]

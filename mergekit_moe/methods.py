@@ -62,7 +62,7 @@ METHODS: dict[str, Method] = {
         "BTX",
         "baseline",
         {
-            "merge": _TOP_2,
+            "merge": {**_TOP_2, "other_weights": "average"},
             "router": {
                 "start": "linear",
                 "context": "none",

@@ -11,6 +11,7 @@ from mergekit_moe.experts import STATISTICS, Expert, require_ffn_change
 from mergekit_moe.image_recipe import is_of_images
 from mergekit_moe.job import POOL, Job
 from mergekit_moe.recipe import BY_PUBLISHED, ClipSeed, ExpertSource, TrainedSeed
+from mergekit_moe.selection.embedding import resolve_embedder
 
 
 def plan(job: Job, *, merging: bool = True, base: bool = True, carding: bool = False) -> list[tuple[str, str]]:
@@ -158,7 +159,10 @@ def _plan_pool(job: Job) -> list[tuple[str, str]]:
         )
     lines = [("public pool", f"{rows:,} rows")]
     if selecting:
-        embedder = "the base model's image tower" if job.embeds_itself else job.embedder.source
+        embedder = "the base model's image tower"
+        if not job.embeds_itself:
+            name, tell = job.recipe.selection.embedder, job.workspace.report
+            embedder = resolve_embedder(name, job.data_dir, tell, weights=False).source
         lines.append(("proxies", f"{budget} an expert, {job.recipe.selection.method}, by {embedder}"))
     return lines
 

@@ -85,6 +85,7 @@ def ledger_of(job: Job, client: ExpertSource, out: Path) -> dict[str, Any]:
         proxies_depend=proxies_depend(job.recipe),
         expert_on_proxies=job.recipe.alignment.proxies,
         private_statistics=privacy.statistics.private,
+        learns_labels=job.recipe.matches_labels,
         labelled=job.classifies,
     )
     write_ledger(out, ledger)

@@ -22,7 +22,8 @@ from mergekit_moe.workspace import MANIFEST, file_sha256
 _CARD = "README.md"
 _CHECKPOINT = (
     *("config.json", "generation_config.json", "*.safetensors", INDEX, _CARD, MANIFEST),
-    *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja"),
+    *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "*.jinja"),
     *("preprocessor_config.json", "processor_config.json"),
 )
 _POOLING = ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json")
@@ -194,8 +195,15 @@ def _manifest_is_public(folder: Path, files: dict[str, Path]) -> bool:
     for name, path in files.items():
         if path.suffix == ".safetensors" and name in outputs and file_sha256(path) != outputs[name].get("sha256"):
             raise HubError(f"{path} isn't what {MANIFEST} says that it was when it was made; make the folder again")
-    here = {getpass.getuser(), socket.gethostname()}
+    here = {name for name in (_user(), socket.gethostname()) if name}
     return not any(_names_a_place(text, here) for text in _strings(manifest))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container without an entry for it
+        return ""
 
 
 def _names_a_place(text: str, here: set[str]) -> bool:

@@ -50,7 +50,8 @@ class Client(Spec):
     """Data that stays with a client."""
 
     private: ClientRows
-    """What the client's expert is for. Read by `select` and `align`; they leave no copy of a row on disk."""
+    """What the client's expert is for. Read by `select` and `align`; they leave no copy of a row on disk, but for the
+    files of a Hub data set in the Hub's own cache."""
     test: ClientRows | None = None
     """Held-out rows of the same domain, for `evaluate`; without it every tenth private row is held out."""
     prompts: list[Annotated[str, Field(min_length=1)]] = []

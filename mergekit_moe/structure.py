@@ -39,12 +39,13 @@ def _structure(config: dict[str, Any]) -> dict[str, Any]:
 
 def canonical(config: dict[str, Any], what: str) -> dict[str, Any]:
     """Return a config as the library's own class understands it, every default filled in."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     values = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
     try:
         read = AutoConfig.for_model(config["model_type"], **values).to_dict()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ExpertError(f"{what}: config.json can't be read: {' '.join(str(error).split())}") from None
     if isinstance(read.get("rope_parameters"), dict):  # `type` is an older name of `rope_type`, kept beside it
         read["rope_parameters"] = {key: value for key, value in read["rope_parameters"].items() if key != "type"}

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ _INPUTS = "inputs.json"
 """In a folder that is being made: what from, so that a later run knows whether to go on with it."""
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 """Errors that a disk or its owner make, not this program."""
+_PATIENCE = timedelta(days=7)
+"""How long a process waits for another; `torch.distributed` alone gives up after minutes."""
 _VERSIONED = ("torch", "transformers", "peft", "sentence-transformers", "scikit-learn")
 
 
@@ -47,7 +50,8 @@ def process_state() -> Any:
     from accelerate import PartialState
 
     # Without `cpu`, processes on a machine that has no accelerator would each believe to be alone.
-    return PartialState(cpu=not torch.accelerator.is_available())
+    # And for as long as one of them merges or judges, the others wait.
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
 
 
 def file_sha256(path: Path) -> str:
@@ -126,12 +130,6 @@ class Workspace:
 
     def folder(self, name: str) -> Path:
         return self.root / name
-
-    def made_from(self, name: str, inputs: dict[str, Any]) -> bool:
-        """True if these are among the inputs that the stage's folder was made from, whatever the others are."""
-        manifest = _manifest(self.folder(name))
-        stored = _as_stored(inputs)
-        return manifest is not None and all(manifest["inputs"].get(key) == value for key, value in stored.items())
 
     def is_current(self, name: str, inputs: dict[str, Any]) -> bool:
         """True if the stage's folder was made from exactly these inputs and still has its files."""

@@ -108,6 +108,67 @@ def test_results_of_an_older_recipe_are_left_out_and_told(compared: tuple[Path, 
     assert {"seed", "soup", "btm"} < set(left) and "ours" not in left
 
 
+def test_no_result_of_older_experts_stands_beside_one_of_new_ones(
+    compared: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    recipe = yaml.safe_load((compared[0] / "tiny.yaml").read_text())
+    recipe["alignment"]["max_steps"] += 1
+    (compared[0] / "longer.yaml").write_text(yaml.safe_dump(recipe))
+    shutil.copytree(compared[0] / "ws", tmp_path / "ws")
+    only = ["--only", "ours", "--seeds", "0"]
+    done = metamoe("compare", compared[0] / "longer.yaml", "--workspace", tmp_path / "ws", *only)
+    assert "soup, random seed 0: of an older recipe, left out" in done.stdout
+    assert "ours, random seed 1: of an older recipe, left out" in done.stdout
+    methods = json.loads((tmp_path / "ws/comparison/comparison.json").read_text())["methods"]
+    assert {name: set(method["seeds"]) for name, method in methods.items()} == {"ours": {"0"}}
+
+
+@pytest.fixture(scope="module")
+def published(
+    compared: tuple[Path, subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A recipe of experts that were published elsewhere."""
+    made, folder = yaml.safe_load((compared[0] / "tiny.yaml").read_text()), tmp_path_factory.mktemp("published")
+    workspace = compared[0] / "ws"
+    recipe = {key: made[key] for key in ("public_pool", "selection", "router")}
+    recipe |= {"base_model": str(workspace / "seed"), "data_dir": str(compared[0]), "comparison": {"seeds": [0]}}
+    recipe["experts"] = [
+        {
+            "name": name,
+            "source": str(workspace / f"seeds/0/experts/{name}"),
+            "test": {"dataset": f"{name}.jsonl", "text": "{text}", "limit": 6},
+        }
+        for name in EXPERTS
+    ]
+    (folder / "published.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "published.yaml"
+
+
+def test_experts_that_were_published_elsewhere_are_compared_by_the_proxies_that_they_brought(
+    published: Path, tmp_path: Path
+) -> None:
+    only = ("seed", *(f"expert-{name}" for name in EXPERTS), "flexolmo", "ours")
+    metamoe("compare", published, "--workspace", tmp_path / "ws", "--only", ",".join(only))
+    methods = json.loads((tmp_path / "ws/comparison/comparison.json").read_text())["methods"]
+    assert set(methods) == {*only, "oracle"}
+    assert methods["flexolmo"]["seeds"]["0"]["retention"]["mean"] is not None
+
+
+def test_proxies_of_another_pool_and_a_selection_by_nobody_are_refused(published: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(published.read_text())
+    write_jsonl(tmp_path / "other.jsonl", [{"text": f"row {i} of another pool"} for i in range(40)])
+    other = recipe | {"public_pool": {"dataset": str(tmp_path / "other.jsonl"), "text": "{text}"}}
+    ablated = recipe | {"comparison": {"ablations": {"few": {"selection": {"budget": 9}}}}}
+    for changed, sentence in (
+        (other, "expert 'cooking': its proxies were picked from another pool"),
+        (ablated, "ablations.few.selection: all experts brought their proxies, and nobody selects any"),
+    ):
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(changed))
+        done = metamoe("compare", tmp_path / "r.yaml", "--workspace", tmp_path / "ws", "--only", "ours", check=False)
+        assert done.returncode == 2 and sentence in " ".join(done.stderr.split()), done.stderr
+        assert not list((tmp_path / "ws").rglob("result.json"))
+
+
 def test_what_ran_is_not_run_again(compared: tuple[Path, object]) -> None:
     folder = compared[0]
     again = metamoe("compare", folder / "tiny.yaml", "--workspace", folder / "ws", "--only", "ours,soup")

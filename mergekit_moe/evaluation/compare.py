@@ -99,8 +99,9 @@ def _expert_losses(
     for name, folder in experts.items():
         model = load_expert(base, folder, labels)
         results[name] = _losses(model, domains, settings)
-        for name, parameter in shared_parameters(model).items():
-            means[name].add_(parameter, alpha=1.0 / len(experts))
+        own = shared_parameters(model)
+        for name in means.keys() & own.keys():  # a head that an expert unties has no place in the soup, nor in a merge
+            means[name].add_(own[name], alpha=1.0 / len(experts))
     for name, parameter in averaged.items():
         parameter.copy_(means[name])
     return {**results, SOUP: _losses(soup, domains, settings)}

@@ -140,7 +140,7 @@ def score(predict: Predict, rows: "Dataset", settings: "Evaluation", device: Any
     for batch in batches(rows, settings.batch_size, device):
         begun = time.perf_counter()
         said = predict(batch)
-        own = said.log_probs.gather(-1, said.targets[:, None]).double()
+        own = said.log_probs.gather(-1, said.targets[:, None]).cpu().double()  # on the CPU: Apple's have no float64
         total -= float(own.sum())
         seconds += time.perf_counter() - begun
         predictions += len(own)
@@ -155,8 +155,8 @@ def losses_of(predict: Predict, settings: "Evaluation", device: Any, rows: "Data
     sums: list[float] = []
     for batch in batches(rows, settings.batch_size, device):
         said = predict(batch)
-        own = said.log_probs.gather(-1, said.targets[:, None])[:, 0].double()
-        sums += own.new_zeros(len(batch["labels"])).index_add(0, said.rows, -own).tolist()
+        own = said.log_probs.gather(-1, said.targets[:, None])[:, 0].cpu().double()
+        sums += own.new_zeros(len(batch["labels"])).index_add(0, said.rows.cpu(), -own).tolist()
     return sums
 
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -271,11 +272,15 @@ def _pin_dataset(source: str, revision: str | None) -> tuple[str, str]:
 
 
 def load_hub_dataset(
-    source: str, revision: str | None, split: str, what: str, *, streaming: bool = False
+    source: str, revision: str | None, split: str, what: str, *, streaming: bool = False, public: bool = False
 ) -> "Dataset | IterableDataset":
     """Return one split of a Hub data set at its pinned commit, its files compared with the Hub's digests.
 
     Streamed, its rows come as they are read, and nothing is compared.
+
+    Args:
+        public: True for rows that may lie in the user's `datasets` cache; of others no copy is left but the Hub's own
+            files, in the Hub's cache.
 
     Raises:
         DataError: if it is not to be had, comes damaged, or has no such split.
@@ -289,7 +294,10 @@ def load_hub_dataset(
             return _ask_for_rows(source, sha, lambda: load_dataset(source, revision=sha, split=split, streaming=True))
         # From the folder: by its name, `datasets` takes another commit from its cache while the Hub is down.
         folder = _fetch_dataset(source, sha, revision)
-        return load_dataset(str(folder), split=split, streaming=streaming)
+        if public or streaming:
+            return load_dataset(str(folder), split=split, streaming=streaming)
+        with tempfile.TemporaryDirectory() as cache:
+            return load_dataset(str(folder), split=split, cache_dir=cache, keep_in_memory=True)
     except RefusalError as refusal:
         raise DataError(f"{what}: {source} {refusal}") from None
     except (DatasetsError, OSError, ValueError) as error:

@@ -121,9 +121,14 @@ def _with_router_sums(native: type) -> type:
             self.router_sums = None
 
         def crop(self, tokens_to_remove: int) -> None:
+            # Older releases take how many tokens are kept for how many go; what went is what they agree on.
+            before = self.get_seq_length()
             super().crop(tokens_to_remove)
-            if tokens_to_remove != 0:
-                self.change_router_sums(lambda sums: sums[:, : -abs(tokens_to_remove)])
+            removed = before - self.get_seq_length()
+            if removed and self.get_seq_length() == 0:
+                self.router_sums = None
+            elif removed:
+                self.change_router_sums(lambda sums: sums[:, :-removed])
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)

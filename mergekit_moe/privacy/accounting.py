@@ -129,16 +129,17 @@ def require_few_enough(delta: float, rows: int, *, who: str) -> None:
         )
 
 
-def require_signal(noise_to_signal: float, epsilon: float, rows: int, *, what: str) -> None:
+def require_signal(noise_to_signal: float, epsilon: float, rows: int, *, what: str, kind: str = "private rows") -> None:
     """Raise PrivacyError where so few rows at so small an epsilon leave mostly noise. It looks at no row.
 
     Args:
         noise_to_signal: norm of the noise over the greatest norm that the signal can have.
         what: whose mechanism, for the sentence.
+        kind: what the rows are, for the sentence.
     """
     if noise_to_signal > _MOST_NOISE:
         raise PrivacyError(
-            f"{what}: {rows:,} private rows at epsilon {epsilon:g} give {noise_to_signal:.2f} times as much noise as "
+            f"{what}: {rows:,} {kind} at epsilon {epsilon:g} give {noise_to_signal:.2f} times as much noise as "
             f"there can be signal, and at most {_MOST_NOISE:g} is of use; raise epsilon, or give about "
             f"{math.ceil(rows * noise_to_signal / _MOST_NOISE):,} rows"
         )

@@ -47,6 +47,7 @@ def build_ledger(
     proxies_depend: bool,
     expert_on_proxies: bool,
     private_statistics: bool,
+    learns_labels: bool = False,
     labelled: bool = False,
 ) -> dict[str, Any]:
     """Return the ledger of a published folder.
@@ -58,20 +59,24 @@ def build_ledger(
         proxies_depend: whether the choice of proxies depends on private rows.
         expert_on_proxies: whether the expert learnt its proxies, too.
         private_statistics: whether the statistics are over private rows, not over what the expert makes of its proxies.
+        learns_labels: whether the names of the rows' labels are part of what the expert is trained on: one row's may
+            be among the choices for every other row, which no mechanism bounds.
         labelled: whether the expert has a head of its own, the names of whose labels it tells.
 
     Raises:
         PrivacyError: if there is a file that the ledger knows nothing of.
     """
     proxies = {"relevance"} if proxies_depend else set[str]()
-    expert = {"expert"} | (proxies if expert_on_proxies else set())
-    statistics = {"statistics"} if private_statistics else expert | proxies
+    learnt = {"labels"} if learns_labels or labelled else set[str]()
     named = {"labels"} if labelled else set[str]()
+    expert = {"expert"} | learnt | (proxies if expert_on_proxies else set())
+    statistics = {"statistics"} if private_statistics else expert | proxies
     through = {
         ABOUT: named,
-        ADAPTER: expert | named,
+        ADAPTER: expert,
         PROXIES: proxies,
         STATISTICS: statistics,
+        CARD: named,
         MANIFEST: expert | proxies | statistics | named,
     }
     if unknown := sorted(set(files) - _HOLDS.keys()):

@@ -63,7 +63,7 @@ def plan_training(
     sigma = sampled_gaussian_sigma(epsilon, delta, sampling_probability=probability, steps=steps)
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     ratio = noise_to_signal(sigma, size, rows=probability * rows, steps=steps)
-    require_signal(ratio, epsilon, rows, what=who)
+    require_signal(ratio, epsilon, rows, what=who, kind="rows, proxies among them,")
     mechanism = Mechanism(
         name="expert",
         mechanism="DP-SGD: Gaussian mechanism on clipped gradients of a Poisson sample, each step (Abadi et al. 2016)",

@@ -164,7 +164,7 @@ def _linear(material: Material) -> tuple[Tensor, Tensor]:
     return linear(config.sized.num_hidden_layers, len(config.experts), config.sized.hidden_size, material.seed)
 
 
-AS_THEY_ARE = ("means",)
+AS_THEY_ARE = ("means", "linear")
 """Starts that are taken at the temperature that they come at: as published."""
 
 STARTS: dict[str, Callable[[Material], tuple[Tensor, Tensor]]] = {

@@ -145,7 +145,8 @@ def fit_routers(
         if not better:
             model.load_state_dict(before, strict=False)
     if is_main_process():
-        _write(model, merged, out, settings)
+        fitted = settings.start not in NO_PROXIES or report.get("kept") == "trained"
+        _write(model, merged, out, settings, fitted=fitted)
         write_json(out / "router_training.json", report)
 
 
@@ -333,13 +334,13 @@ def best_factor(model: "PreTrainedModel", proxies: "Dataset") -> float:
     return _FACTORS[losses.index(min(losses))]
 
 
-def _write(model: "PreTrainedModel", merged: Path, out: Path, settings: Router) -> None:
+def _write(model: "PreTrainedModel", merged: Path, out: Path, settings: Router, *, fitted: bool) -> None:
     """Write `merged` with what was fitted: every other file is the same one on disk (a hard link where possible)."""
     from safetensors.torch import load_file, save_file
 
     model = network_of(model)
-    fitted = trainable(model, settings.training or RouterTraining()) | trainable(model, RouterTraining())
-    changed = revert_weight_conversion(model, {name: parameter.detach() for name, parameter in fitted.items()})
+    changeable = trainable(model, settings.training or RouterTraining()) | trainable(model, RouterTraining())
+    changed = revert_weight_conversion(model, {name: parameter.detach() for name, parameter in changeable.items()})
     weight_map = read_config(merged, INDEX, "merge")["weight_map"]
     shards = {weight_map[name] for name in changed}
     for file in (file for file in merged.rglob("*") if file.is_file()):
@@ -348,7 +349,8 @@ def _write(model: "PreTrainedModel", merged: Path, out: Path, settings: Router) 
             copy.parent.mkdir(exist_ok=True)
             copy.unlink(missing_ok=True)  # of a run that was killed
             link_or_copy(file, copy)
-    facts = {"routers_fitted": True, "experts_trained": len(shards) > 1}
+    facts: dict[str, Any] = {"routers_fitted": fitted, "experts_trained": len(shards) > 1}
+    facts["router"] = settings.model_dump(mode="json")  # may have changed since the merge
     write_json(out / REPORT, {**read_config(merged, REPORT, "merge"), **facts})
     for shard in shards:
         tensors = load_file(merged / shard)

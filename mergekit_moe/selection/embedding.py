@@ -8,25 +8,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mergekit_moe.checkpoint import identity, weights_fingerprint
 from mergekit_moe.errors import SelectionError
 from mergekit_moe.hub import Resolved, resolve_model
 from mergekit_moe.images import decode
-from mergekit_moe.workspace import process_state
+from mergekit_moe.workspace import digest, file_sha256, process_state
 
+_WHAT = "selection.embedder"
 _IMAGES = 256
 """Decoded at a time: a pool's pixels need not fit into memory."""
 
 
-def resolve_embedder(name: str, base: Path, tell: Callable[[str], None] = lambda line: None) -> Resolved:
+def resolve_embedder(
+    name: str, base: Path, tell: Callable[[str], None] = lambda line: None, *, weights: bool = True
+) -> Resolved:
     """Return where the embedder lies: a folder, an installed package's model, or a Hub repository at a commit.
 
     Args:
         tell: is given a sentence if the cache has to do for the Hub.
+        weights: False to leave them on the Hub for now.
 
     Raises:
         ExpertError: if it is none of these.
     """
-    return resolve_model(name, None, base, "selection.embedder", tell=tell)
+    return resolve_model(name, None, base, _WHAT, weights=weights, tell=tell)
+
+
+def embedder_fingerprint(folder: Path) -> str:
+    """Return one digest of all files that an embedder's vectors depend on: weights, tokenizer, and its later layers."""
+    later = [file_sha256(file) for file in sorted(folder.glob("[0-9]_*/*.safetensors"))]
+    return identity(folder, digest([weights_fingerprint(folder, _WHAT), later]))
 
 
 def load_embedder(folder: Path, max_length: int | None, backend: str = "torch", *, images: bool = False) -> Any:
