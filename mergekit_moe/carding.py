@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_moe import cards, data
 from mergekit_moe.adapters import ADAPTER_CONFIG
 from mergekit_moe.checkpoint import REPORT, read_config
-from mergekit_moe.experts import Expert
+from mergekit_moe.experts import PROXIES, Expert
 from mergekit_moe.hub import PACKAGE
 from mergekit_moe.job import POOL, SEED_ROWS, Job
 from mergekit_moe.privacy.ledger import LEDGER, guarantee_in_words
@@ -95,6 +95,7 @@ def write_expert_card(
 def write_proxy_set(job: Job, client: ExpertSource, rows: "Dataset", out: Path) -> None:
     """Write a client's proxies as a data set of its own to the folder `out`, with its card: public rows alone."""
     images = data.has_images(rows)
+    ledger = read_json(job.workspace.folder(f"experts/{client.name}") / LEDGER)
     if images:
         rows.select_columns(["id", *(["label"] if any(rows["label"]) else []), data.IMAGE]).to_parquet(out / _PICTURES)
     else:
@@ -118,6 +119,7 @@ def write_proxy_set(job: Job, client: ExpertSource, rows: "Dataset", out: Path) 
         pool_rows=len(job.pool),
         selection=job.recipe.selection,
         embedder=None if job.embeds_itself else cards.placeless(job.recipe.selection.embedder),
+        guarantee=guarantee_in_words(next(entry for entry in ledger["artifacts"] if entry["file"] == PROXIES)),
     )
     (out / _CARD).write_text(card, encoding="utf-8")
 

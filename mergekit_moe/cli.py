@@ -47,12 +47,13 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command()
 def check(recipe: RecipePath, workspace: WorkspacePath = None, data_dir: DataPath = None) -> None:
-    """Print the plan and every problem that files and headers show; reads no weight, starts no work."""
+    """Print the plan and every problem that rows, files and headers show; reads no weight, starts no work."""
     from mergekit_moe.pipeline import plan
 
     table = Table(show_header=False, box=None)
     job = _job(recipe, workspace, data_dir)
-    for name, what in plan(job, carding=job.recipe.merge.method == "moe"):
+    alone = len(job.recipe.experts) == len(job.clients) == 1  # a client's own recipe: nothing is merged there
+    for name, what in plan(job, merging=not alone, carding=job.recipe.merge.method == "moe" and not alone):
         table.add_row(name, what)
     console.print(table)
 
@@ -125,13 +126,13 @@ def _print_audit(name: str, found: dict[str, Any]) -> None:
 
 @app.command()
 def merge(recipe: RecipePath, workspace: WorkspacePath = None, data_dir: DataPath = None) -> None:
-    """Join the base and all experts into one MoE checkpoint with blank routers."""
+    """Join the base and all experts into one MoE checkpoint; routers are blank where a pool is there to fit them on."""
     _run(recipe, workspace, data_dir, "merge")
 
 
 @app.command(name="train-router")
 def train_router(recipe: RecipePath, workspace: WorkspacePath = None, data_dir: DataPath = None) -> None:
-    """Fit the routers on the proxies: closed form, then training."""
+    """Fit the routers on the proxies, in closed form, and train them on where the recipe says so."""
     _run(recipe, workspace, data_dir, "train-router")
 
 
@@ -140,7 +141,12 @@ def compare(
     recipe: RecipePath,
     workspace: WorkspacePath = None,
     data_dir: DataPath = None,
-    only: Annotated[str, typer.Option("--only", help="Methods to run now, commas between; all if not given.")] = "",
+    only: Annotated[
+        str,
+        typer.Option(
+            "--only", help="Methods to run now, commas between; all if not given. Retention needs seed and expert-NAME."
+        ),
+    ] = "",
     seeds: Annotated[str, typer.Option("--seeds", help="Random seeds to run now; the recipe's if not given.")] = "",
 ) -> None:
     """Put every method side by side on every domain, over several random seeds: tables, pictures and JSON."""
@@ -230,7 +236,7 @@ def drop_expert(
     out: OutPath,
     proxies: ProxiesPath = None,
 ) -> None:
-    """Write a unified model without one of its experts, as if that had never been merged."""
+    """Write a unified model without one of its experts; `--proxies` fits routers anew that were fitted on proxies."""
     from mergekit_moe.members import drop_expert
 
     drop_expert(model, name, out, proxies=proxies, tell=_tell)

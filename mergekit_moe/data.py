@@ -427,7 +427,7 @@ def _content(source: DataSource, data_dir: Path, what: str, tell: Callable[[str]
 def _hashed(path: Path) -> str:
     """Return a file's sha256, read once by each run of a command: it is asked for by many stages."""
     facts = path.stat()
-    return _hashed_once(path, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+    return _hashed_once(path, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 
 @functools.cache

@@ -284,7 +284,7 @@ class Job:
         """Whether there is held-out text to judge a unified model by."""
         if self.recipe.merge.method != "moe":
             return False
-        return self.recipe.fits_routers or any(source.test is not None for source in self.recipe.experts)
+        return any(source.test is not None or source.client is not None for source in self.recipe.experts)
 
     def anchor_rows(self) -> "Dataset":
         """Return the anchor's proxies: random public rows, as many as an expert has, and none of theirs."""

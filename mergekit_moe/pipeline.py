@@ -15,6 +15,7 @@ from mergekit_moe.errors import DataError, ExpertError, RecipeError, WorkspaceEr
 from mergekit_moe.experts import PROXIES, STATISTICS, read_proxies
 from mergekit_moe.job import Job, published_files
 from mergekit_moe.plan import plan
+from mergekit_moe.privacy.ledger import LEDGER
 from mergekit_moe.recipe import ANCHOR, ClipSeed, ExpertSource, TrainedSeed
 from mergekit_moe.router_recipe import BY_PUBLISHED, BY_STATISTICS
 from mergekit_moe.workspace import digest, is_main_process, read_json
@@ -167,6 +168,7 @@ def steps(job: Job) -> Iterator[Step]:
             "proxies": inputs["proxies"],
             "selection": recipe.selection.model_dump(mode="json"),
             "licenses": [source.license for source in recipe.pool_sources],
+            "ledger": job.workspace.digest_of(f"experts/{client.name}", "publish", (LEDGER,)),
         }
         make = functools.partial(_publish_proxies, job, client)
         yield Step("publish", f"proxy-sets/{client.name}", inputs | pool, make)

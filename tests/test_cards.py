@@ -52,6 +52,7 @@ FACTS: dict[str, dict[str, Any]] = {
         "selection": Selection(),
         "embedder": "sentence-transformers/all-MiniLM-L6-v2",
         "images": False,
+        "guarantee": "residency",
     },
     "model": {
         "metadata": cards.model_metadata(

@@ -1,7 +1,9 @@
 """Rows from every kind of source, and the masks on their tokens."""
 
+import copy
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,17 @@ import pytest
 from conftest import write_jsonl
 
 from mergekit_moe import data
-from mergekit_moe.data import IGNORED, Texts, collate, fingerprint, load_rows, split_held_out, texts_of, tokenize
+from mergekit_moe.data import (
+    IGNORED,
+    Texts,
+    collate,
+    fingerprint,
+    leading_tokens,
+    load_rows,
+    split_held_out,
+    texts_of,
+    tokenize,
+)
 from mergekit_moe.errors import DataError
 from mergekit_moe.installed_text import CORPORA
 from mergekit_moe.recipe import DataSource
@@ -154,6 +166,7 @@ def test_installed_text_is_there_and_the_same_twice(corpus: str) -> None:
         ({"text": "{q}", "tag": "tog"}, "has no column 'tog'"),
         ({"text": "{q}", "where": {"kind": "law"}}, "has no row with text in it"),
         ({"dataset": "broken.jsonl", "text": "{q}"}, "broken.jsonl can't be read"),
+        ({"dataset": "cut.jsonl.gz", "text": "{q}"}, "cut.jsonl.gz can't be read"),
         ({"dataset": "d.docx", "text": "{q}"}, "d.docx is of no known kind; allowed are .jsonl"),
         ({"dataset": "org/name", "text": "{q}"}, "can't be looked up on the Hub in offline mode"),
         ({"dataset": "empty.jsonl", "text": "{q}"}, "empty.jsonl"),
@@ -166,6 +179,7 @@ def test_bad_data_is_named(tmp_path: Path, settings: dict[str, Any], message: st
     (tmp_path / "broken.jsonl").write_text('{"q": 1}\nnot json\n')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "d.docx").write_text("")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress((tmp_path / "d.jsonl").read_bytes())[:-12])
     with pytest.raises(DataError) as error:
         load_rows([source(**settings)], tmp_path, "expert 'law', private")
     assert str(error.value).startswith("expert 'law', private: ")
@@ -183,6 +197,26 @@ def test_a_public_pool_lies_in_the_cache_and_is_made_once(tmp_path: Path, monkey
     assert load_rows([wanted], tmp_path, "pool", public=True)[:] == rows[:]
     monkeypatch.undo()
     assert load_rows([source(text="{a}")], tmp_path, "pool", public=True)["completion"][:] == ["four", "Paris"]
+
+
+def test_a_pool_that_changed_within_its_old_time_is_read_anew(tmp_path: Path) -> None:
+    """As `cp -p` and `rsync -a` leave it; `datasets` alone goes by a file's path and time."""
+    file = tmp_path / "d.jsonl"
+    for text in ("before", "behind"):
+        write_jsonl(file, [{"text": text}])
+        os.utime(file, (1e9, 1e9))
+        assert load_rows([source(text="{text}")], tmp_path, "pool", public=True)["completion"][:] == [text]
+
+
+def test_a_decoder_may_name_cls_and_sep(tmp_path: Path) -> None:
+    """It frames a text by neither: its BOS is found, its prompt masked, its EOS learnt."""
+    plain = train_tokenizer([row["q"] + row["a"] for row in ROWS] * 3, 300)
+    named = copy.deepcopy(plain)
+    named.add_special_tokens({"cls_token": "<CLS>", "sep_token": "<SEP>"})
+    write_jsonl(tmp_path / "d.jsonl", ROWS)
+    rows = load_rows([source(prompt="{q} ", completion="{a}")], tmp_path, "pool")
+    assert leading_tokens(named) == leading_tokens(plain)
+    assert tokenize(rows, named, 40)[:] == tokenize(rows, plain, 40)[:]
 
 
 def test_texts_are_read_when_asked_for(tmp_path: Path) -> None:

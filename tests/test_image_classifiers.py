@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,6 +76,30 @@ def test_the_unified_head_has_each_expert_s_rows(finished: tuple[Path, Path]) ->
 
 
 @torch.no_grad()
+def test_labels_that_are_corrected_are_merged_anew(
+    finished: tuple[Path, Path], tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    folder, workspace = finished
+    experts = []
+    for place in PLACES:
+        shutil.copytree(published(workspace, place), tmp_path / place)
+        experts.append({"name": place, "source": str(tmp_path / place)})
+    values = {"base_model": str(folder / "vit"), "experts": experts, "router": {"start": "arrow"}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+
+    def labels() -> list[str]:
+        code, _, error = command("merge", tmp_path / "r.yaml", "--workspace", tmp_path / "ws")
+        assert code == 0, error
+        return list(json.loads((tmp_path / "ws/merged/config.json").read_text())["id2label"].values())
+
+    before = labels()
+    place = next(iter(PLACES))
+    about = json.loads((tmp_path / place / "expert.json").read_text())
+    changed = about | {"labels": about["labels"][::-1]}
+    (tmp_path / place / "expert.json").write_text(json.dumps(changed))
+    assert labels() == [*before[:4][::-1], *before[4:]]
+
+
 def test_every_expert_is_judged_by_the_labels_of_all(finished: tuple[Path, Path]) -> None:
     """Against PEFT and transformers alone: the adapter's body, and the rows of all heads."""
     folder, workspace = finished

@@ -266,11 +266,19 @@ def jpeg(cut: int | None = None) -> bytes:
     return file.getvalue()[:cut]
 
 
+def grey(mode: str) -> bytes:
+    file = io.BytesIO()
+    numbers = np.linspace(0, 65535, 64).reshape(8, 8)
+    Picture.fromarray(numbers.astype(np.uint16 if mode == "I;16" else np.float32)).save(file, "TIFF")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("cell", "expected"),
     [
         (drawn("day", "red", 1)[:60], "row 1: column 'picture' holds a broken image: "),
         (jpeg(900), "row 1: column 'picture' holds a broken image: image file is truncated"),
+        (grey("F"), "row 1: column 'picture' holds a broken image: its numbers (F) have no known black and white"),
         (b"no image", "row 1: column 'picture' holds a broken image: it is no image that Pillow knows"),
     ],
 )
@@ -305,6 +313,14 @@ def test_every_kind_of_picture_becomes_rgb_the_right_way_up() -> None:
         file = io.BytesIO()
         Picture.new(mode, (4, 2)).save(file, "TIFF" if mode == "CMYK" else "PNG")
         assert decode(file.getvalue()).mode == "RGB"
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_grey_of_16_bits_keeps_its_shades(format: str) -> None:
+    file = io.BytesIO()
+    Picture.open(io.BytesIO(grey("I;16"))).save(file, format)
+    seen = np.asarray(decode(file.getvalue()))[:, :, 0]
+    assert np.abs(seen.ravel() - np.linspace(0, 255, 64)).max() <= 1
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from test_pipeline import WORDS, metamoe
 from transformers import AutoModel, BertTokenizer
 
+from mergekit_moe.adapters import ADAPTER
 from mergekit_moe.data import batches, load_rows, split_held_out, tokenize
 from mergekit_moe.matching import LabelMatcher, Labels
 from mergekit_moe.models import (
@@ -35,7 +36,8 @@ from mergekit_moe.models import (
     load_tokenizer,
     routers_of,
 )
-from mergekit_moe.privacy.accounting import Mechanism
+from mergekit_moe.privacy.accounting import Mechanism, account
+from mergekit_moe.privacy.ledger import build_ledger
 from mergekit_moe.privacy.training import train_privately
 from mergekit_moe.pushing import files_to_push
 from mergekit_moe.recipe import DataSource, Recipe, Training
@@ -174,6 +176,20 @@ def test_an_adapter_is_a_plain_one_on_the_ffn_alone(finished: tuple[Path, Path])
 
 
 @torch.no_grad()
+def test_names_of_labels_are_in_the_ledger_of_what_is_learnt_by_them() -> None:
+    """One row's label is among the choices for every other row, which no mechanism bounds: the weights are not DP."""
+    files = [ADAPTER, "expert.json", "routing_statistics.safetensors", "proxies.json", "README.md"]
+    spent = {
+        name: account(Mechanism(name, "in words", 2.0, 1e-5, 4.0, 1.0, 1, 0.1, {})) for name in ("relevance", "expert")
+    }
+    promised = {"delta": 1e-5, "proxies_depend": True, "expert_on_proxies": True, "private_statistics": False}
+    for learns, expected in ((True, "residency"), (False, "dp")):
+        ledger = build_ledger(files, spent, learns_labels=learns, **promised)
+        found = {entry["file"]: entry["guarantee"] for entry in ledger["artifacts"]}
+        assert found[ADAPTER] == found["routing_statistics.safetensors"] == ledger["total"]["guarantee"] == expected
+        assert (found["proxies.json"], found["expert.json"], found["README.md"]) == ("dp", "public", "public")
+
+
 def test_a_pinned_expert_says_what_the_expert_says_alone(finished: tuple[Path, Path]) -> None:
     folder, workspace = finished
     base, moe = folder / "encoder", load_model(workspace / "model").eval()

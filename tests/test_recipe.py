@@ -114,7 +114,7 @@ def test_several_mistakes_are_reported_together(tmp_path: Path) -> None:
     assert len(str(error.value).splitlines()) == 2
 
 
-@pytest.mark.parametrize("text", ["- a\n", "a: [", "", "\x00"])
+@pytest.mark.parametrize("text", ["- a\n", "a: [", "", "\x00", "seed: 2024-13-45"])
 def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)

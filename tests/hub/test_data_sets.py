@@ -20,7 +20,8 @@ from mergekit_moe.recipe import DataSource
 source = DataSource(dataset=sys.argv[1], text="{text}", split=sys.argv[2], revision=sys.argv[3] or None)
 try:
     made_from = fingerprint([source], Path(), "public_pool", tell=print)
-    print(*load_rows([source], Path(), "public_pool", public=True)["completion"], sep="\\n")
+    public = "private" not in sys.argv[4:]
+    print(*load_rows([source], Path(), "public_pool", public=public)["completion"], sep="\\n")
 except MetaMoeError as error:
     print("error:", error, file=sys.stderr)
     sys.exit(2)
@@ -62,6 +63,14 @@ def test_a_split_of_the_default_configuration_is_read(hub: Hub, tmp_path: Path, 
     done = read(hub, tmp_path, split=split)
     assert done.stdout.splitlines() == [f"{split} {number}" for number in range(4)], done.stderr
     assert not [path for path in hub.asked if path.endswith("other/a.jsonl") and "/resolve/" in path]
+
+
+def test_of_private_rows_nothing_is_left_but_the_hub_s_own_files(hub: Hub, tmp_path: Path) -> None:
+    variables = environment(hub, tmp_path, None, HF_HUB_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    done = run_script(hub, _READ, variables, "org/mix", "train", "", "private")
+    assert done.stdout.splitlines() == [f"train {number}" for number in range(4)], done.stderr
+    holding = [path for path in tmp_path.rglob("*") if path.is_file() and b"train 2" in path.read_bytes()]
+    assert holding and all("hub" in path.relative_to(tmp_path).parts for path in holding)
 
 
 def test_a_flipped_bit_is_never_accepted(hub: Hub, tmp_path: Path) -> None:

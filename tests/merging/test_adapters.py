@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_moe.architectures import ARCHITECTURES
 from mergekit_moe.errors import ExpertError
+from mergekit_moe.evaluation.compare import _expert_losses
 from mergekit_moe.merging.unify import merge_experts
 from mergekit_moe.models import load_model
-from mergekit_moe.recipe import Merge, Router
+from mergekit_moe.recipe import Evaluation, Merge, Router
 from mergekit_moe.updates import Update
 
 ALL = ["q_proj", "v_proj", "o_proj", *PROJECTIONS]
@@ -173,6 +174,8 @@ def test_a_head_that_the_base_ties_is_left_out_and_told(tmp_path: Path, settings
     (tmp_path / "moe").mkdir()
     merge_experts(base_of(tmp_path / "base"), [expert] * 2, Merge(), Router(), out=tmp_path / "moe", tell=told.append)
     assert "expert 'law': lm_head.weight, which the base ties to its embedding, left out" in told
+    losses = _expert_losses(tmp_path / "base", {"law": adapter, "art": adapter}, [], Evaluation())
+    assert losses.keys() == {"law", "art", "soup"}  # the soup has no place for it, either
     with pytest.raises(
         ExpertError, match=r"it trained lm_head.weight apart from the embedding, to which the base ties it"
     ):

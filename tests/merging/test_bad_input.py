@@ -555,13 +555,14 @@ def test_two_merges_give_the_same_bytes_and_the_base_s_own_tokenizer(
 ) -> None:
     """Deterministic without a seed in the recipe; the tokenizer byte for byte; one tensor an expert on disk."""
     recipe = Bench(tmp_path, base_folder).write()
+    (base_folder / "added_tokens.json").write_text("{}")  # as older bases without a tokenizer.json have it
     for workspace in ("one", "two"):
         command("merge", recipe, "--workspace", tmp_path / workspace)
     one, two = (sorted((tmp_path / workspace / "merged").iterdir()) for workspace in ("one", "two"))
     assert [file.name for file in one] == [file.name for file in two]
     for left, right in zip(one, two, strict=True):
         assert left.read_bytes() == right.read_bytes(), left.name
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "added_tokens.json"):
         assert (tmp_path / "one" / "merged" / name).read_bytes() == (base_folder / name).read_bytes()
     written = {k for file in one if file.suffix == ".safetensors" for k in load_file(file)}
     assert "model.layers.2.mlp.experts.1.down_proj.weight" in written

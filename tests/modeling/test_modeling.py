@@ -204,6 +204,14 @@ def test_a_cropped_cache_forgets_what_was_cropped() -> None:
         )
 
 
+def test_a_cache_cropped_to_nothing_starts_anew() -> None:
+    moe, ids = tiny_moe("Llama"), tokens(2, 8)
+    with torch.no_grad():
+        cache = moe(tokens(2, 5, seed=9), use_cache=True).past_key_values
+        cache.crop(-5)
+        torch.testing.assert_close(moe(ids, past_key_values=cache).logits, logits(moe, ids), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
 def test_generation_with_the_cache_equals_without(family: str, settings: dict[str, object]) -> None:
     """A left-padded batch, so that padding and beams have every chance to disturb the context."""

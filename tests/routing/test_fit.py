@@ -94,6 +94,19 @@ def test_a_training_that_made_things_worse_is_undone_in_the_experts_too(
     assert all(".router." in name for name in differing)
 
 
+@pytest.mark.parametrize("start", ["lda", "arrow"])
+def test_the_report_tells_of_the_router_that_was_fitted_and_not_of_the_merge_s(
+    start: str, merged: Path, tmp_path: Path
+) -> None:
+    """The recipe may have changed in between, and add-expert goes by it; what needs no proxies isn't fitted on them."""
+    (tmp_path / "model").mkdir()
+    settings = Router(start=start, shrinkage=0.3, max_length=64)
+    fit_routers(merged, ROWS, settings, published={}, seed=0, out=tmp_path / "model")
+    report = json.loads((tmp_path / "model" / REPORT).read_text())
+    assert Router(**report["router"]) == settings
+    assert report["routers_fitted"] == (start == "lda")
+
+
 def test_files_that_a_killed_run_left_are_written_again(merged: Path, tmp_path: Path) -> None:
     before = {file.name: file_sha256(file) for file in merged.iterdir()}
     fit(merged, tmp_path / "model")

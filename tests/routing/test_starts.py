@@ -143,3 +143,8 @@ def test_linear_is_small_and_follows_the_seed() -> None:
     assert torch.equal(rows[0], rows[1])
     assert not torch.equal(rows[0], rows[2])
     assert float(rows[0].std()) == pytest.approx(0.02, rel=0.1)
+    model = tiny_moe("Llama")
+    training = RouterTraining(max_steps=1)
+    start_routers(Material(model, proxies(9), Router(start="linear", training=training), 0, {}, None, []))
+    taken = torch.stack([router.weight for router in routers_of(model)])
+    assert torch.equal(taken, start.linear(*taken.shape, 0)[0]), "at no temperature of ours"

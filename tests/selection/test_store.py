@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 from test_pipeline import metamoe, tiny_recipe
 
 from mergekit_moe.errors import SelectionError
 from mergekit_moe.selection import store
-from mergekit_moe.selection.embedding import embed, load_embedder, resolve_embedder
+from mergekit_moe.selection.embedding import embed, embedder_fingerprint, load_embedder, resolve_embedder
 from mergekit_moe.selection.processes import Processes
 from mergekit_moe.selection.store import embed_pool, embedding_report, load_embeddings, repeated_rows
 
@@ -152,3 +153,22 @@ def test_openvino_gives_torchs_vectors() -> None:
     texts = [f"a sentence about {word} " * n for n, word in enumerate(("banks", "boats", "bread"), start=1)]
     torch, openvino = (embed(load_embedder(folder, 64, backend), texts) for backend in ("torch", "openvino"))
     assert (torch * openvino).sum(axis=1).min() > 0.9999
+
+
+def test_an_embedder_is_known_by_all_that_its_vectors_depend_on(tmp_path: Path) -> None:
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "2_Dense").mkdir()
+    files = {"model": "model.safetensors", "dense": "2_Dense/model.safetensors"}
+    for name, file in files.items():
+        save_file({name: np.zeros(2)}, tmp_path / file)
+    said = ("config.json", "sentence_bert_config.json", "1_Pooling/config.json")
+    for file in said:
+        (tmp_path / file).write_text("{}")
+    seen = [embedder_fingerprint(tmp_path)]
+    for file in said:
+        (tmp_path / file).write_text('{"changed": true}')
+        seen.append(embedder_fingerprint(tmp_path))
+    for name, file in files.items():
+        save_file({name: np.ones(2)}, tmp_path / file)
+        seen.append(embedder_fingerprint(tmp_path))
+    assert len(set(seen)) == 6
