@@ -18,7 +18,7 @@ from mergekit_moe.plan import plan
 from mergekit_moe.privacy.ledger import LEDGER
 from mergekit_moe.recipe import ANCHOR, ClipSeed, ExpertSource, TrainedSeed
 from mergekit_moe.router_recipe import BY_PUBLISHED, BY_STATISTICS
-from mergekit_moe.workspace import digest, is_main_process, read_json
+from mergekit_moe.workspace import digest, is_main_process, read_json, require_whole_models
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,6 +48,7 @@ def run(job: Job, only: str | None = None) -> None:
     Raises:
         MetaMoeError: for whatever a user can have got wrong, before any long work starts where possible.
     """
+    require_whole_models()
     checked = done = False
     order = _in_order(job)
 

@@ -52,17 +52,11 @@ class PartTrainer(Trainer):
             save_file({name: tensor.cpu().contiguous() for name, tensor in own.items()}, folder / _WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:  # its own sharded files
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         own = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
         (self.model if model is None else model).load_state_dict(own, strict=False)
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
 class LossLines(TrainerCallback):

@@ -31,6 +31,16 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def require_whole_models() -> None:
+    """Raise WorkspaceError under a launcher that cuts models up: the main process writes what it holds itself."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise WorkspaceError(
+                f"accelerate launch is configured for {name}, which spreads a model over processes, and here each "
+                "needs the whole; use a configuration of plain data parallelism, such as recipes/accelerate/four-gpus.yaml"
+            )
+
+
 def wait_for_everyone() -> None:
     """Let every process of `accelerate launch` arrive here before any goes on."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -302,6 +302,16 @@ def test_killed_in_every_stage_it_goes_on_and_ends_with_the_same_weights(
     assert not list(workspace.rglob(".*.partial"))
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_launcher_that_cuts_models_up_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    code, _, error = command("run", tiny_recipe(tmp_path), "--workspace", tmp_path / "ws")
+    assert (code, f"accelerate launch is configured for {name}" in " ".join(error.split())) == (2, True)
+    assert not (tmp_path / "ws").exists()
+
+
 def test_single_stages_make_what_the_whole_run_makes(
     finished: tuple[Path, Path, str], tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:

@@ -40,7 +40,9 @@ def plain_gates(model: "PreTrainedModel", proxies: "Dataset", shrinkage: float =
 
     A router that goes by its token alone keeps its weights and gets its bias folded in; one with context, or that adds
     up layers, is fitted again, as LDA on the tokens' own FFN inputs, at the temperature that suits it and, with several
-    experts a token, the task.
+    experts a token, the task. Token by token it takes other settings than with context: a little shrinkage and the own
+    experts' path alone read the language benchmark at 3.628 nats a token, the covariance's diagonal or the seed's path,
+    too, at 3.636 to 3.642 (60 rows a domain, one seed).
 
     Args:
         proxies: tokenised rows with a column `expert`, at least one of every expert.
