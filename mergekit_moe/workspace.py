@@ -37,7 +37,7 @@ def require_whole_models() -> None:
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise WorkspaceError(
                 f"accelerate launch is configured for {name}, which spreads a model over processes, and here each "
-                "needs the whole; use a configuration of plain data parallelism, such as recipes/accelerate/four-gpus.yaml"
+                "needs the whole; take one of plain data parallelism, such as recipes/accelerate/four-gpus.yaml"
             )
 
 
