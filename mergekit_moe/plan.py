@@ -163,7 +163,8 @@ def _plan_pool(job: Job) -> list[tuple[str, str]]:
         if not job.embeds_itself:
             name, tell = job.recipe.selection.embedder, job.workspace.report
             embedder = resolve_embedder(name, job.data_dir, tell, weights=False).source
-        lines.append(("proxies", f"{budget} an expert, {job.recipe.selection.method}, by {embedder}"))
+        most = "up to " if job.recipe.selection.shorten else ""
+        lines.append(("proxies", f"{most}{budget} an expert, {job.recipe.selection.method}, by {embedder}"))
     return lines
 
 

@@ -87,6 +87,11 @@ def forbid_unaccounted(name: str, privacy: Privacy, recipe: "Recipe") -> None:
                 f"expert '{name}': selection 'auto' judges by private rows, which privacy.relevance doesn't account "
                 "for; give a method and an alpha"
             )
+        if selection.shorten:
+            raise ValueError(
+                f"expert '{name}': selection.shorten judges by private rows, which privacy.relevance doesn't account "
+                "for; drop it, and choose the budget without looking at them"
+            )
         if selection.duplicate_cosine is not None:
             raise ValueError(
                 f"expert '{name}': selection.duplicate_cosine tells which pool rows are copies of private ones, which "
@@ -107,7 +112,8 @@ def proxies_tell(privacy: Privacy, recipe: "Recipe") -> bool:
 def proxies_depend(recipe: "Recipe") -> bool:
     """Whether the choice of proxies depends on private rows at all."""
     selection = recipe.selection
-    if selection.duplicate_cosine is not None or "auto" in (selection.method, selection.alpha):
+    judged = selection.shorten or "auto" in (selection.method, selection.alpha)
+    if judged or selection.duplicate_cosine is not None:
         return True
     if selection.method == "random" and selection.candidates is None:
         return False

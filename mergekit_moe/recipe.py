@@ -115,7 +115,11 @@ class Selection(Spec):
     method: Literal["dpp", "auto", "top-k", "random", "mmr", "facility-location", "k-means"] = "dpp"
     """`auto` tries the DPP at each alpha and facility location, and judges as `alpha: auto` does."""
     budget: int = Field(500, ge=1)
-    """Proxies a client."""
+    """Proxies a client; with `shorten` the most that there can be."""
+    shorten: bool = False
+    """Keep only the first so many picks as lie nearest to private texts that were held out (least squared MMD): a pool
+    may hold fewer rows that are like a client's than the budget, and the picks after those teach the routers a domain
+    that isn't the client's."""
     candidates: int | None = Field(None, ge=1)
     """Consider only the so many most relevant rows, as published (3000); by default the whole pool."""
     alpha: Annotated[float, Field(ge=0)] | Literal["auto"] = 1.0
@@ -143,6 +147,12 @@ class Selection(Spec):
     """What computes the embeddings; `auto` is OpenVINO on CPUs where it is installed, else torch."""
     embedding_dtype: Literal["float32", "float16"] = "float32"
     """Of the pool's embeddings on disk. At 16 bits the DPP keeps about 99 picks of 100 with `epsilon` 0.1."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.shorten and self.method == "k-means":
+            raise ValueError("'shorten' keeps the first picks, and k-means picks all at once; choose another method")
+        return self
 
 
 class Alignment(Training):

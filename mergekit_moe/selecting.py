@@ -99,9 +99,9 @@ def _write_selection(job: Job, client: ExpertSource, chosen: "ProxySelection", h
     from mergekit_moe.selection.proxies import tag_shares
     from mergekit_moe.selection.store import load_embeddings
 
-    settings, seed = job.recipe.selection, job.recipe.seed
+    rows, seed = chosen.rows.tolist(), job.recipe.seed
+    settings = job.recipe.selection.model_copy(update={"budget": len(rows)})
     pool_vectors = load_embeddings(job.workspace.folder("embeddings"))
-    rows = chosen.rows.tolist()
     report = {**chosen.report, "relevance": [round(float(r), 6) for r in chosen.relevance[rows]]}
     if client.client is not None and client.client.tag is not None:
         report["tag_shares"] = tag_shares(

@@ -22,6 +22,8 @@ _FEW_PRIVATE = 200
 """Private texts under which relevance may tell too much of a single one."""
 _ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 _MIN_JUDGES = 10
+_FEWEST = 20
+"""Picks that `shorten` keeps at least: fewer don't tell what a domain's statistics are."""
 _BLOCK = 65_536
 
 
@@ -122,20 +124,29 @@ def select_proxies(
         return RELEVANCE[settings.relevance](pool_ND, given, seed=seed, processes=processes)
 
     sweep: list[dict[str, Any]] = []
+    lengths: list[dict[str, Any]] = []
     trials = _trials(settings)
-    if len(trials) > 1:
+    if len(trials) > 1 or settings.shorten:
         order = np.random.default_rng(seed).permutation(len(private_MD))
         judges, known = order[: len(order) // 3], order[len(order) // 3 :]
         if len(judges) < _MIN_JUDGES:
             raise SelectionError(
-                f"expert '{name}': selection 'auto' judges by a third of the private texts, and {len(judges)} "
-                f"are too few; give a method and an alpha, or at least {3 * _MIN_JUDGES} texts"
+                f"expert '{name}': selection '{'shorten' if len(trials) == 1 else 'auto'}' judges by a third of the "
+                f"private texts, and {len(judges)} are too few; give a method, an alpha and a budget alone, or at "
+                f"least {3 * _MIN_JUDGES} texts"
             )
         scores_N = score(private_MD[known]).scores
-        sweep = _judge(trials, pool_ND, scores_N, private_MD[judges], allowed_N, seed, processes)
-        settings = settings.model_copy(update={key: sweep[0][key] for key in ("method", "alpha")})
+        if len(trials) > 1:
+            sweep = _judge(trials, pool_ND, scores_N, private_MD[judges], allowed_N, seed, processes)
+            settings = settings.model_copy(update={key: sweep[0][key] for key in ("method", "alpha")})
+        if settings.shorten:
+            picked = _pick(pool_ND, scores_N, allowed_N, settings, seed, processes)[0]
+            lengths = _judge_lengths(pool_ND[picked], private_MD[judges])
     relevance = score(private_MD)
     rows, candidates, gains = _pick(pool_ND, relevance.scores, allowed_N, settings, seed, processes)
+    if lengths:
+        kept = int(lengths[0]["proxies"])
+        rows, gains = rows[:kept], None if gains is None else gains[:kept]
     report: dict[str, Any] = {
         "separation_auc": round(relevance.separation, 4),
         "repeated_texts_dropped": int(np.count_nonzero(repeated_N)),
@@ -143,6 +154,8 @@ def select_proxies(
         "candidates": candidates,
         "warnings": [],
     }
+    if lengths:
+        report |= {"shortened_to": len(rows), "lengths": lengths}
     if sweep:
         report |= {"method": settings.method, "alpha": settings.alpha, "tried": sweep}
     if settings.relevance != "prompts" and relevance.spent is None and len(private_MD) < _FEW_PRIVATE:
@@ -175,10 +188,10 @@ def pick_by_relevance(
     Raises:
         SelectionError: if there are too few rows, or `alpha` is auto, which goes by private texts.
     """
-    if len(_trials(settings)) > 1:
+    if len(_trials(settings)) > 1 or settings.shorten:
         raise SelectionError(
-            f"expert '{name}': selection 'auto' judges by a client's texts, and there are none; "
-            "give a method and an alpha"
+            f"expert '{name}': selection '{'shorten' if settings.shorten else 'auto'}' judges by a client's texts, and "
+            "there are none; give a method, an alpha and a budget alone"
         )
     left = int(np.count_nonzero(~repeated_N))
     if settings.budget > min(left, settings.candidates or left):
@@ -276,6 +289,20 @@ def _judge(
         return nearer + wider, row["squared_mmd"]
 
     return sorted(sweep, key=rank)
+
+
+def _judge_lengths(picked_KD: NDArray[np.floating], judges_JD: NDArray[np.float32]) -> list[dict[str, Any]]:
+    """Return how far the first so many picks are from private texts that the relevance never saw, the nearest first.
+
+    Half as many again, and again, from the budget downwards; the longer one where two are as near.
+    """
+    lengths = {len(picked_KD)}
+    while (shorter := min(lengths) * 2 // 3) >= _FEWEST:
+        lengths.add(shorter)
+    judged = [
+        {"proxies": length, "squared_mmd": round(squared_mmd(picked_KD[:length], judges_JD), 6)} for length in lengths
+    ]
+    return sorted(judged, key=lambda row: (row["squared_mmd"], -row["proxies"]))
 
 
 def _closest(pool_ND: NDArray[np.floating], private_MD: NDArray[np.float32]) -> NDArray[np.float32]:
