@@ -72,6 +72,10 @@ def test_recipes_are_frozen(tmp_path: Path) -> None:
         ({"public_pool": {"datset": "x", "text": "{t}"}}, "public_pool: unknown key 'datset'; did you mean 'dataset'?"),
         ({"zzz": 1}, "unknown key 'zzz'; allowed are base_model, revision, public_pool"),
         ({"selection": {"budget": 0}}, "selection.budget: input should be greater than or equal to 1, got 0"),
+        (
+            {"selection": {"method": "k-means", "shorten": True}},
+            "'shorten' keeps the first picks, and k-means picks all",
+        ),
         ({"selection": {"method": "dppp"}}, "selection.method: input should be 'dpp', 'auto', "),
         ({"public_pool": {"text": "{t}"}}, "public_pool: give either 'dataset' or 'installed'"),
         ({"public_pool": {"dataset": "x"}}, "public_pool: give 'text', or 'prompt' and 'completion'"),

@@ -140,6 +140,7 @@ def test_without_privacy_the_ledger_promises_residency_alone(tmp_path: Path, com
         ({"statistics": {"private": True}}, {}, "sums over private rows, which need noise; give 'epsilon'"),
         ({"expert": {"epsilon": 4}}, {}, "privacy.expert trains on proxies that were picked without noise"),
         ({"relevance": {"epsilon": 1}}, {"selection": {"alpha": "auto"}}, "selection 'auto' judges by private rows"),
+        ({"relevance": {"epsilon": 1}}, {"selection": {"shorten": True}}, "selection.shorten judges by private rows"),
         ({"relevance": {"epsilon": 1}}, {"selection": {"relevance": "centroid"}}, "selection.relevance is centroid"),
         ({"relevance": {"epsilon": 1}}, {"selection": {"duplicate_cosine": 0.9}}, "which no noise hides; drop it"),
         ({"relevance": {"epsilon": 1}, "delta": 0.1}, {}, "publishing a row at random would pass as private: lower it"),

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from mergekit_moe.errors import SelectionError
 from mergekit_moe.recipe import Selection
-from mergekit_moe.selection.proxies import SELECTORS, select_proxies, tag_shares
+from mergekit_moe.selection.proxies import SELECTORS, pick_by_relevance, select_proxies, tag_shares
 from mergekit_moe.selection.quality import squared_mmd
 from mergekit_moe.selection.relevance import RELEVANCE, centroid_relevance, classifier_relevance, prompts_relevance
 
@@ -123,9 +123,37 @@ def test_method_auto_tries_facility_location_too_and_says_what_it_kept() -> None
     assert chosen.rows.tolist() == select_proxies(POOL, private, kept, name="a", seed=0).rows.tolist()
 
 
+@pytest.mark.parametrize("method", ["dpp", "top-k", "facility-location"])
+def test_shortened_proxies_are_the_first_picks_and_no_more_than_the_domain_supplies(method: str) -> None:
+    """60 of 400 rows are like the first client: of 200 picks most are not. The other has 200 for a budget of 90."""
+    private = around(0, 150, 4)
+    whole, short = (
+        select_proxies(POOL, private, Selection(budget=200, method=method, shorten=on), name="a", seed=0)
+        for on in (False, True)
+    )
+    assert short.rows.tolist() == whole.rows[: len(short.rows)].tolist()
+    assert 20 <= len(short.rows) < 100 and short.report["shortened_to"] == len(short.rows)
+    assert {row["proxies"] for row in short.report["lengths"]} == {200, 133, 88, 58, 38, 25}
+    fresh = around(0, 100, 9)
+    assert squared_mmd(POOL[short.rows], fresh) < squared_mmd(POOL[whole.rows], fresh)
+    assert short.gains is None or len(short.gains) == len(short.rows)
+    plenty = select_proxies(
+        POOL, around(2, 150, 5), Selection(budget=90, method=method, shorten=True), name="a", seed=0
+    )
+    assert len(plenty.rows) > len(short.rows)
+
+
 def test_alpha_auto_needs_texts_to_judge_by() -> None:
-    with pytest.raises(SelectionError, match="at least 30 texts"):
-        select_proxies(POOL, PRIVATE[:20], Selection(budget=40, alpha="auto"), name="a", seed=0)
+    for settings in (Selection(budget=40, alpha="auto"), Selection(budget=40, shorten=True)):
+        with pytest.raises(SelectionError, match="at least 30 texts"):
+            select_proxies(POOL, PRIVATE[:20], settings, name="a", seed=0)
+
+
+def test_what_nobody_is_there_to_judge_is_not_shortened() -> None:
+    relevance = classifier_relevance(POOL, PRIVATE, seed=0)
+    nowhere = np.zeros(len(POOL), dtype=bool)
+    with pytest.raises(SelectionError, match="selection 'shorten' judges by a client's texts, and there are none"):
+        pick_by_relevance(POOL, relevance, Selection(shorten=True), name="a", seed=0, repeated_N=nowhere)
 
 
 def test_few_private_texts_are_warned_about() -> None:
