@@ -446,10 +446,5 @@ def _print_results(job: "Job") -> None:
     from mergekit_moe.workspace import read_json
 
     results = read_json(job.workspace.folder("evaluation") / tables.RESULTS)
-    parts = [("held-out loss, in nats", tables.loss_rows(results)), ("unified model", tables.domain_rows(results))]
-    if (accuracies := tables.accuracy_rows(results))[1]:
-        parts.append(("held-out accuracy", accuracies))
-    if results["proxies"]:
-        parts.append(("share of proxies with the client's true tag", tables.proxy_rows(results["proxies"])))
-    for title, (header, rows) in parts:
+    for title, (header, rows) in tables.all_rows(results).items():
         _print_table(title, header, rows)

@@ -17,7 +17,7 @@ from mergekit_moe.recipe import DataSource
 from mergekit_moe.task_recipe import Choices
 from mergekit_moe.tasks import CHOICE, TASK_COLUMNS, columns_asked, task_cells, task_features, task_of
 from mergekit_moe.templates import chunks, parts, render
-from mergekit_moe.workspace import digest, file_sha256
+from mergekit_moe.workspace import digest, sha256_once
 
 if TYPE_CHECKING:
     import torch
@@ -418,21 +418,10 @@ def _content(source: DataSource, data_dir: Path, what: str, tell: Callable[[str]
         return _installed_content(source.installed)
     path = data_dir / str(source.dataset)
     if path.is_dir():
-        return digest([[str(p.relative_to(path)), _hashed(p)] for p in sorted(path.rglob("*")) if p.is_file()])
+        return digest([[str(p.relative_to(path)), sha256_once(p)] for p in sorted(path.rglob("*")) if p.is_file()])
     if path.exists():
-        return _hashed(path)
+        return sha256_once(path)
     return hub.resolve_dataset(str(source.dataset), source.revision, what, tell=tell)
-
-
-def _hashed(path: Path) -> str:
-    """Return a file's sha256, read once by each run of a command: it is asked for by many stages."""
-    facts = path.stat()
-    return _hashed_once(path, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
-
-
-@functools.cache
-def _hashed_once(path: Path, *facts: int) -> str:
-    return file_sha256(path)
 
 
 @functools.cache

@@ -93,6 +93,10 @@ class Router(Spec):
     add_layers: bool = False
     """Whether each layer adds to its router's logits those of all layers before it (evidence over layers): for models
     whose later layers tell the domains apart less well than the first, as the image towers that were tried do."""
+    leave_out_ambiguous: bool = False
+    """Whether `lda` and `ridge` are fitted a second time, without the proxies of which the first fit sends more than
+    half elsewhere: some that a client picked may be more like another client's domain, which neither can know. It takes
+    another pass over all proxies."""
     training: RouterTraining | None = None
     """Training from the start on, kept only if held-out proxies say that it helped. Without it the start is all: an
     epoch at the default rate takes as long again, and changed nothing on any of the benchmarks."""
@@ -105,4 +109,6 @@ class Router(Spec):
             raise ValueError(
                 "router.start linear is random until it is trained; give router.training, or start with lda"
             )
+        if self.leave_out_ambiguous and self.start not in BY_STATISTICS:
+            raise ValueError(f"'leave_out_ambiguous' is for {' and '.join(BY_STATISTICS)}, and start is {self.start}")
         return self

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -67,6 +68,17 @@ def process_state() -> Any:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """Return a file's sha256, read once by a run of a command: many stages ask for the same data's."""
+    facts = path.stat()
+    return _sha256_once(path, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+
+
+@functools.cache
+def _sha256_once(path: Path, *facts: int) -> str:
+    return file_sha256(path)
 
 
 def digest(value: Any) -> str:

@@ -99,6 +99,7 @@ def test_recipes_are_frozen(tmp_path: Path) -> None:
         ({"router": {"start": "means"}, "merge": {"anchor": True}}, "merge.anchor's publishes nothing"),
         ({"router": {"start": "lad"}}, "router.start: input should be 'uniform', 'random', 'arrow', 'lda', 'ridge', "),
         ({"router": {"training": {"task_weight": 0, "domain_weight": 0}}}, "every loss has weight 0"),
+        ({"router": {"start": "centroid", "leave_out_ambiguous": True}}, "'leave_out_ambiguous' is for lda and ridge"),
         ({"router": {"training": {"trains": "all"}}}, "router.training.trains: input should be 'router' or 'router+"),
         ({"base_model": None}, "base_model: "),
         ({"base_model": {"layers": 2}, "revision": "main"}, "'revision' is for a base model on the Hub"),

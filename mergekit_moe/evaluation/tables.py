@@ -76,6 +76,16 @@ def proxy_rows(shares: dict[str, dict[str, float]]) -> tuple[list[str], list[lis
     ]
 
 
+def all_rows(results: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Return title -> (header, rows) of all tables that there are numbers for."""
+    found = {"held-out loss, in nats": loss_rows(results), "unified model": domain_rows(results)}
+    if (accuracies := accuracy_rows(results))[1]:
+        found["held-out accuracy"] = accuracies
+    if results["proxies"]:
+        found["share of proxies with the client's true tag"] = proxy_rows(results["proxies"])
+    return found
+
+
 def unified_metrics(results: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return the unified model's own numbers, domain -> metric -> value, rounded as the tables are."""
     found = {}

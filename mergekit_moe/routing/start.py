@@ -7,7 +7,7 @@ Routers that need no proxies are made by the merge (merging/gates.py).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,10 @@ class Material:
         if self.gathered:
             return read_statistics(self.gathered)
         return gather_for(self.model, self.proxies, self.settings, self.base)
+
+    def only(self, rows: list[int]) -> "Material":
+        """Return the same with these of the proxies alone, which are passed over anew."""
+        return replace(self, proxies=self.proxies.select(rows), gathered=[])
 
     def by_seed(self, rows: Callable[[Any, Any, "Dataset"], Tensor]) -> tuple[Tensor, Tensor]:
         """Return the rows that one of `seed_rows` makes, without bias."""

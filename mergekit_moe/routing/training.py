@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from mergekit_moe.models import (
     scored_inputs,
 )
 from mergekit_moe.router_recipe import NO_PROXIES, Router, RouterTraining
+from mergekit_moe.routing.ambiguity import unambiguous
 from mergekit_moe.routing.losses import Counts, balance_loss, count, domain_loss, z_loss
 from mergekit_moe.routing.start import AS_THEY_ARE, STARTS, Material, gather_for
 from mergekit_moe.routing.statistics import write_statistics
@@ -132,8 +134,11 @@ def fit_routers(
     model = load_model(merged)
     # Proxies have no labels: an encoder's task is to say of each what its own expert says.
     learnt, held_out = hold_out(add_teacher(model, proxies))
-    start_routers(Material(model, learnt, settings, seed, published, base, list(gathered)))
+    fitted_on = start_routers(Material(model, learnt, settings, seed, published, base, list(gathered)))
     report: dict[str, Any] = {"start": settings.start, "held_out": {settings.start: judge(model, held_out)}}
+    if settings.leave_out_ambiguous:
+        left_out = Counter(learnt["expert"]) - Counter(fitted_on["expert"])
+        report["left_out"] = {one["name"]: left_out[number] for number, one in enumerate(model.config.experts)}
     if settings.training is not None:
         before = {name: tensor.detach().clone() for name, tensor in trainable(model, settings.training).items()}
         log = train_routers(model, learnt, settings.training, seed=seed, folder=out, judges=held_out)
@@ -249,11 +254,26 @@ def hold_out(proxies: "Dataset") -> tuple["Dataset", "Dataset"]:
     return proxies.select(learnt), proxies.select(held_out or learnt)
 
 
-def start_routers(material: Material) -> None:
-    """Set every router to its start, at the temperature that suits it where it isn't taken as published."""
-    settings, routers = material.settings, routers_of(material.model)
+def start_routers(material: Material) -> "Dataset":
+    """Set every router to its start, at the temperature that suits it where it isn't taken as published.
+
+    Returns:
+        The proxies that it was fitted on.
+    """
+    settings = material.settings
     if settings.start in NO_PROXIES:
-        return
+        return material.proxies
+    _take_start(material)
+    if settings.leave_out_ambiguous:
+        material = material.only(unambiguous(material.model, material.proxies))
+        _take_start(material)
+    if _scale_matters(material):
+        fit_temperature(material.model, material.proxies)
+    return material.proxies
+
+
+def _take_start(material: Material) -> None:
+    settings, routers = material.settings, routers_of(material.model)
     weights, biases = STARTS[settings.start](material)
     with torch.no_grad():
         for router, weight, bias in zip(routers, weights, biases, strict=True):
@@ -261,8 +281,6 @@ def start_routers(material: Material) -> None:
             router.bias.copy_(bias)
             if router.context_logit is not None:
                 router.context_logit.fill_(math.log(settings.context_weight / (1.0 - settings.context_weight)))
-    if _scale_matters(material):
-        fit_temperature(material.model, material.proxies)
 
 
 @torch.no_grad()

@@ -100,11 +100,14 @@ def test_the_report_tells_of_the_router_that_was_fitted_and_not_of_the_merge_s(
 ) -> None:
     """The recipe may have changed in between, and add-expert goes by it; what needs no proxies isn't fitted on them."""
     (tmp_path / "model").mkdir()
-    settings = Router(start=start, shrinkage=0.3, max_length=64)
+    settings = Router(start=start, shrinkage=0.3, max_length=64, leave_out_ambiguous=start == "lda")
     fit_routers(merged, ROWS, settings, published={}, seed=0, out=tmp_path / "model")
     report = json.loads((tmp_path / "model" / REPORT).read_text())
     assert Router(**report["router"]) == settings
     assert report["routers_fitted"] == (start == "lda")
+    fitted = json.loads((tmp_path / "model/router_training.json").read_text())
+    if start == "lda":
+        assert fitted["left_out"].keys() == {expert["name"] for expert in report["experts"]}
 
 
 def test_files_that_a_killed_run_left_are_written_again(merged: Path, tmp_path: Path) -> None:

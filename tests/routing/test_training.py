@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from mergekit_moe.modeling.routing_metamoe import router_losses
 from mergekit_moe.models import recorded_routers, routers_of
 from mergekit_moe.router_recipe import Router, RouterTraining
+from mergekit_moe.routing.ambiguity import own_shares, unambiguous
 from mergekit_moe.routing.losses import balance_loss, domain_loss, z_loss
 from mergekit_moe.routing.start import Material
 from mergekit_moe.routing.training import best_factor, best_scales, judge, start_routers, train_routers
@@ -311,3 +312,39 @@ def summed_loss(model: Any, rows: Dataset) -> float:
         logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
         total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"][1:]), reduction="sum"))
     return total
+
+
+def mistaken(rows: int = 60) -> Dataset:
+    """Proxies of which expert 0 picked four that are like expert 1's."""
+    made = proxies(rows).to_list()
+    for place in (1, 7, 13, 19):
+        made[place]["expert"] = 0
+    return Dataset.from_list(made)
+
+
+def test_proxies_that_are_like_another_expert_s_are_left_out_of_the_fit() -> None:
+    """The routers are those of a fit that never saw these rows; row by row, each goes where a plain look says."""
+    rows, settings = mistaken(), Router(shrinkage=0.5, leave_out_ambiguous=True)
+    model = tiny_moe("Llama")
+    start_routers(Material(model, rows, settings.model_copy(update={"leave_out_ambiguous": False}), 0, {}, None, []))
+    kept, shares = unambiguous(model, rows), own_shares(model, rows)
+    for row, share in zip(rows, shares, strict=True):
+        with recorded_routers(model) as calls, torch.no_grad():
+            model(torch.tensor([row["input_ids"]]), use_cache=False)
+        own = [float((call.logits[0, 1:].argmax(-1) == row["expert"]).float().mean()) for call in calls]
+        assert float(share) == pytest.approx(sum(own) / len(own), abs=1e-6)
+    assert kept == [row for row, share in enumerate(shares) if share >= 0.5]
+    assert not {1, 7, 13, 19} & set(kept) and len(kept) > 45
+    again, without = tiny_moe("Llama"), tiny_moe("Llama")
+    fitted_on = start_routers(Material(again, rows, settings, 0, {}, None, []))
+    start_routers(Material(without, rows.select(kept), Router(shrinkage=0.5), 0, {}, None, []))
+    assert fitted_on[:] == rows.select(kept)[:]
+    for one, other in zip(routers_of(again), routers_of(without), strict=True):
+        assert torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias)
+
+
+def test_an_expert_like_another_keeps_half_of_its_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = proxies(9)
+    shares = torch.tensor([0.1, 0.9, 0.2, 0.3, 0.8, 0.1, 0.2, 0.7, 0.6])
+    monkeypatch.setattr("mergekit_moe.routing.ambiguity.own_shares", lambda model, proxies: shares)
+    assert unambiguous(tiny_moe("Llama"), rows) == [1, 2, 3, 4, 6, 7, 8]
