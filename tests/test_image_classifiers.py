@@ -155,7 +155,7 @@ def test_a_pipeline_says_the_same_without_the_package(finished: tuple[Path, Path
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [JOINED[i] for i in said]
     card = (workspace / "model" / "README.md").read_text()
-    assert "an image has the label whose row of the head says most" in card
+    assert "An image has the label whose row of the head says most" in card
     assert 'pipeline("image-classification", "path/to/this/folder", trust_remote_code=True)' in card
 
 

@@ -197,7 +197,7 @@ def test_published_proxies_are_images_and_are_pushed(finished: tuple[Path, Path]
 def test_the_card_says_how_to_classify(finished: tuple[Path, Path]) -> None:
     card = (finished[1] / "model" / "README.md").read_text()
     assert 'pipeline("zero-shot-image-classification", "path/to/this/folder", trust_remote_code=True)' in card
-    assert "an image has the label whose name lies nearest" in card
+    assert "An image has the label whose name lies nearest" in card
     assert str(finished[0]) not in card
 
 

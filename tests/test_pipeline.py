@@ -554,7 +554,11 @@ def _no_proxies(values: dict[str, Any], folder: Path) -> None:
 
 
 def _one_expert(values: dict[str, Any], folder: Path) -> None:
-    del values["experts"][1:]
+    """No client's own recipe, whose one expert `check` takes."""
+    tiny_dense().save_pretrained(folder / "base")
+    adapter = write_adapter(folder / "base", folder / "adapter", 1)
+    values["base_model"] = str(folder / "base")
+    values["experts"] = [{"name": "sailing", "source": str(adapter), "proxies": "expert-gain"}]
 
 
 def _folder_in_the_way(values: dict[str, Any], folder: Path) -> None:

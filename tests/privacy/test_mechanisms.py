@@ -274,7 +274,7 @@ def test_an_experts_plan_counts_rows_steps_and_refuses_where_noise_is_all() -> N
             model, settings.model_copy(update={"batch_size": 4}), **few, epsilon=1.0, delta=1e-6, clip=1.0, name="law"
         )
     )
-    assert "expert 'law', privacy.expert: 40 private rows at epsilon 1" in said
+    assert "expert 'law', privacy.expert: 40 rows, proxies among them, at epsilon 1" in said
 
 
 def test_a_file_that_the_ledger_does_not_know_is_refused() -> None:
