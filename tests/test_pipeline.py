@@ -260,10 +260,13 @@ def test_a_client_alone_can_select_and_is_stopped_at_the_merge(
 ) -> None:
     recipe = tiny_recipe(tmp_path)
     values = yaml.safe_load(recipe.read_text())
-    _one_expert(values, tmp_path)
+    del values["experts"][1:]
     recipe.write_text(yaml.safe_dump(values))
-    code, _, error = command("select", recipe, "--workspace", tmp_path / "ws")
-    assert code == 0, error
+    for verb in ("check", "select"):
+        code, _, error = command(verb, recipe, "--workspace", tmp_path / "ws")
+        assert code == 0, error
+    code, _, error = command("run", recipe, "--workspace", tmp_path / "ws")
+    assert code == 2 and "experts: one expert can't be merged" in error
     own = json.loads((tmp_path / "ws" / "proxies" / "cooking" / "proxies.json").read_text())
     assert own == json.loads((finished[1] / "proxies" / "cooking" / "proxies.json").read_text())
 
