@@ -24,13 +24,18 @@ def unambiguous(model: "PreTrainedModel", proxies: "Dataset") -> list[int]:
     """
     own_N = own_shares(model, proxies)
     kept: set[int] = set(torch.nonzero(own_N >= 0.5).flatten().tolist())
-    places: dict[int, list[int]] = {}
-    for row, expert in enumerate(proxies["expert"]):
-        places.setdefault(expert, []).append(row)
-    for rows in places.values():
+    for rows in rows_by_expert(proxies).values():
         best = sorted(rows, key=lambda row: -float(own_N[row]))
         kept.update(best[: (len(rows) + 1) // 2])  # one like all the others' is still to be told from them
     return sorted(kept)
+
+
+def rows_by_expert(proxies: "Dataset") -> dict[int, list[int]]:
+    """Return expert -> its rows, in their order."""
+    places: dict[int, list[int]] = {}
+    for row, expert in enumerate(proxies["expert"]):
+        places.setdefault(expert, []).append(row)
+    return places
 
 
 @torch.no_grad()

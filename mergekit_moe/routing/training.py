@@ -29,7 +29,7 @@ from mergekit_moe.models import (
     scored_inputs,
 )
 from mergekit_moe.router_recipe import NO_PROXIES, Router, RouterTraining
-from mergekit_moe.routing.ambiguity import unambiguous
+from mergekit_moe.routing.ambiguity import rows_by_expert, unambiguous
 from mergekit_moe.routing.losses import Counts, balance_loss, count, domain_loss, z_loss
 from mergekit_moe.routing.start import AS_THEY_ARE, STARTS, Material, gather_for
 from mergekit_moe.routing.statistics import write_statistics
@@ -340,10 +340,7 @@ def best_factor(model: "PreTrainedModel", proxies: "Dataset") -> float:
     the routers come out sure, and several experts a token are nearly one. Never less sure than the domains have it:
     experts know proxies less well than their own domain's text, so that on proxies to mix looks better than it is.
     """
-    places: dict[int, list[int]] = {}
-    for row, expert in enumerate(proxies["expert"]):
-        places.setdefault(expert, []).append(row)
-    sample = proxies.select([row for rows in places.values() for row in rows[:_ROWS_FOR_FACTOR]])
+    sample = proxies.select([row for rows in rows_by_expert(proxies).values() for row in rows[:_ROWS_FOR_FACTOR]])
     routers, losses = routers_of(model), []
     for factor in _FACTORS:  # powers of two: what is multiplied and divided again is what it was
         _sharpen(routers, factor)
