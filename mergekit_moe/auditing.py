@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_moe import data, protecting, selecting
-from mergekit_moe.errors import PrivacyError, WorkspaceError
+from mergekit_moe.errors import PrivacyError
 from mergekit_moe.experts import STATISTICS, read_proxies
 from mergekit_moe.image_recipe import is_of_images
 from mergekit_moe.job import Job
-from mergekit_moe.pipeline import COMMANDS, align_client, publish_client, steps
+from mergekit_moe.pipeline import align_client, publish_client, require_current
 from mergekit_moe.plan import plan
 from mergekit_moe.privacy.attacks import canaries, membership, most_allowed, tracing_scores
 from mergekit_moe.privacy.ledger import DP, LEDGER
@@ -55,7 +55,7 @@ def audit(job: Job) -> dict[str, Any]:
     if is_of_images(job.recipe):
         raise PrivacyError("metamoe audit plants made-up texts among a client's, and here rows are images: it can't")
     plan(job, merging=False)
-    _require_published(job)
+    require_current(job, "publish")
     report: dict[str, Any] = {}
 
     def make(out: Path) -> None:
@@ -69,17 +69,6 @@ def audit(job: Job) -> dict[str, Any]:
     inputs = {"experts": published, "rows": judged, "seed": job.recipe.seed}
     folder = job.workspace.build("audit", inputs, make)
     return report or read_json(folder / AUDIT)
-
-
-def _require_published(job: Job) -> None:
-    for step in steps(job):
-        if COMMANDS.index(step.command) > COMMANDS.index("publish"):
-            return
-        if not job.workspace.is_current(step.folder, step.inputs):
-            raise WorkspaceError(
-                f"{job.workspace.folder(step.folder)} is missing or out of date; "
-                f"run `metamoe {step.command}` on this recipe first"
-            )
 
 
 def _audit_client(job: Job, client: ExpertSource) -> dict[str, Any]:

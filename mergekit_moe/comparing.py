@@ -216,7 +216,7 @@ def _measure(experts: Job, judged: Job, name: str, method: Method, picked: dict[
     from mergekit_moe.models import load_model, load_reader
 
     settings, reader = judged.recipe.evaluation, load_reader(judged.base.folder)
-    labels = pipeline.labels_of(experts if judged.classifies else judged)
+    labels = (experts if judged.classifies else judged).labels()
     domains = tokenized(_domains(judged), reader, settings, labels.names if labels is not None else [])
     strangers = tokenized(_strangers(judged), reader, settings)
     if method.changes is None:
@@ -319,21 +319,11 @@ def _is_of_this_recipe(job: Job, name: str, method: Method, *, published: bool) 
     if not (job.workspace.folder(stage) / RESULT).is_file():
         return False
     variant = _variant(job, name, method)
-    made = published and (variant is job or _is_current(variant, "publish" if _aligns(method) else "select"))
+    made = published and (variant is job or pipeline.is_current(variant, "publish" if _aligns(method) else "select"))
     if made and job.workspace.is_current(stage, _measurement(job, name, method).inputs):
         return True
     job.workspace.report(f"{name}, random seed {job.recipe.seed}: of an older recipe, left out; run it again")
     return False
-
-
-def _is_current(job: Job, last: str) -> bool:
-    """Whether all that the commands up to `last` make is there, and from what the recipe and its data are now."""
-    for step in pipeline.steps(job):
-        if pipeline.COMMANDS.index(step.command) > pipeline.COMMANDS.index(last):
-            break
-        if not job.workspace.is_current(step.folder, step.inputs):
-            return False
-    return True
 
 
 def _write_comparison(job: Job, jobs: list[Job]) -> dict[str, Any]:
@@ -341,7 +331,7 @@ def _write_comparison(job: Job, jobs: list[Job]) -> dict[str, Any]:
     from mergekit_moe.evaluation.comparison import assemble, write_tables
     from mergekit_moe.evaluation.figures import write_figures
 
-    published = [of_seed for of_seed in jobs if _is_current(of_seed, "publish")]
+    published = [of_seed for of_seed in jobs if pipeline.is_current(of_seed, "publish")]
     found = {
         name: {
             "label": method.label,

@@ -9,7 +9,7 @@ from mergekit_moe import data, hub
 from mergekit_moe.adapters import ADAPTER, ADAPTER_CONFIG
 from mergekit_moe.architectures import classifies
 from mergekit_moe.checkpoint import identity, license_of, stamp, weights_fingerprint
-from mergekit_moe.errors import ExpertError
+from mergekit_moe.errors import DataError, ExpertError
 from mergekit_moe.experts import PROXIES, STATISTICS, Base, Expert, read_base, read_expert, read_proxies
 from mergekit_moe.image_recipe import SEED_EMBEDDER, embedder_of, is_of_images
 from mergekit_moe.recipe import ClipSeed, DataSource, ExpertSource, Recipe, Router, TrainedSeed
@@ -18,6 +18,8 @@ from mergekit_moe.workspace import Workspace, digest, file_sha256
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from mergekit_moe.matching import Labels
 
 POOL = "public_pool"
 """How errors name the pool."""
@@ -268,6 +270,28 @@ class Job:
         ]
         picked = [self.workspace.digest_of(f"proxies/{source.name}", "select", (PROXIES,)) for source in self.foreign]
         return identities + ([picked] if picked else [])
+
+    def labels(self) -> "Labels | None":
+        """Return what rows are told apart by: the labels of all experts, by name or by the rows of their heads.
+
+        Raises:
+            DataError: if a held-out row has a label that no expert's head knows.
+            ExpertError: if some experts have a head and others don't.
+        """
+        from mergekit_moe.matching import Labels
+        from mergekit_moe.merging.heads import joined_head
+        from mergekit_moe.models import load_labels
+
+        if not self.classifies or not self.label_names:
+            return load_labels(self.base.folder, self.label_names, self.recipe.matching.temperature)
+        head = joined_head(self.experts())
+        unknown = sorted(set(self.label_names) - set(head.labels if head is not None else ()))
+        if head is None or unknown:
+            raise DataError(
+                f"held-out rows have the label '{unknown[0]}', which no expert's head knows; leave them out"
+            )
+        weight, bias = (planned.make().float() for planned in head.tensors)
+        return Labels(list(head.labels), weight, 1.0, bias)
 
     def licenses(self) -> dict[str, str]:
         """Return the licence of the base and of each expert, `unknown` where nothing states one."""

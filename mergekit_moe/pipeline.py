@@ -23,8 +23,6 @@ from mergekit_moe.workspace import digest, is_main_process, read_json, require_w
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from mergekit_moe.matching import Labels
-
 COMMANDS = ("select", "seed", "align", "publish", "merge", "train-router", "evaluate", "card", "export")
 
 
@@ -72,10 +70,7 @@ def run(job: Job, only: str | None = None) -> None:
                 if order.index(step.command) > order.index(only):
                     break
                 if not current:
-                    raise WorkspaceError(
-                        f"{job.workspace.folder(step.folder)} is missing or out of date; "
-                        f"run `metamoe {step.command}` on this recipe first"
-                    )
+                    raise _stale(job, step)
                 continue
             if not current:
                 check()
@@ -88,6 +83,34 @@ def run(job: Job, only: str | None = None) -> None:
         raise RecipeError(f"this recipe has nothing for `metamoe {only}` to do; `metamoe check` prints what it will do")
     if only in (None, "card") and job.recipe.merge.method == "moe":
         carding.place_card(job)
+
+
+def is_current(job: Job, last: str) -> bool:
+    """Whether all that the commands up to `last` make is there, and from what the recipe and its data are now."""
+    return _first_stale(job, last) is None
+
+
+def require_current(job: Job, last: str) -> None:
+    """Raise WorkspaceError, which says what to run, unless `is_current`."""
+    if step := _first_stale(job, last):
+        raise _stale(job, step)
+
+
+def _first_stale(job: Job, last: str) -> Step | None:
+    order = _in_order(job)
+    for step in steps(job):
+        if order.index(step.command) > order.index(last):
+            break
+        if not job.workspace.is_current(step.folder, step.inputs):
+            return step
+    return None
+
+
+def _stale(job: Job, step: Step) -> WorkspaceError:
+    return WorkspaceError(
+        f"{job.workspace.folder(step.folder)} is missing or out of date; "
+        f"run `metamoe {step.command}` on this recipe first"
+    )
 
 
 def steps(job: Job) -> Iterator[Step]:
@@ -420,27 +443,6 @@ def _evaluate(job: Job, out: Path) -> None:
         domains,
         job.recipe.evaluation,
         proxy_shares=selecting.proxy_shares(job),
-        labels=labels_of(job),
+        labels=job.labels(),
         out=out,
     )
-
-
-def labels_of(job: Job) -> "Labels | None":
-    """Return what rows are told apart by: the labels of all experts, by name or by the rows of their heads.
-
-    Raises:
-        DataError: if a held-out row has a label that no expert's head knows.
-        ExpertError: if some experts have a head and others don't.
-    """
-    from mergekit_moe.matching import Labels
-    from mergekit_moe.merging.heads import joined_head
-    from mergekit_moe.models import load_labels
-
-    if not job.classifies or not job.label_names:
-        return load_labels(job.base.folder, job.label_names, job.recipe.matching.temperature)
-    head = joined_head(job.experts())
-    unknown = sorted(set(job.label_names) - set(head.labels if head is not None else ()))
-    if head is None or unknown:
-        raise DataError(f"held-out rows have the label '{unknown[0]}', which no expert's head knows; leave them out")
-    weight, bias = (planned.make().float() for planned in head.tensors)
-    return Labels(list(head.labels), weight, 1.0, bias)

@@ -14,7 +14,7 @@ from mergekit_moe.data import load_rows
 from mergekit_moe.errors import WorkspaceError
 from mergekit_moe.experts import read_proxies
 from mergekit_moe.job import Job
-from mergekit_moe.pipeline import run
+from mergekit_moe.pipeline import is_current, run
 from mergekit_moe.plan import plan
 from mergekit_moe.recipe import ClipSeed, DataSource
 from mergekit_moe.recipe_file import load_recipe
@@ -127,3 +127,6 @@ def test_a_seed_that_embeds_the_pool_is_trained_before_it(tmp_path: Path) -> Non
     assert (tmp_path / "runs" / "seed" / "README.md").read_text().count("installed:digits") == 1
     run(job, "select")
     assert len(read_proxies(tmp_path / "runs" / "proxies" / "few", "few")["rows"]) == 10
+    assert is_current(job, "select")
+    (tmp_path / "runs" / "proxies" / "few" / "proxies.json").unlink()
+    assert not is_current(job, "select"), "the seed comes first here"
