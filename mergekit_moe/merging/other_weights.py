@@ -83,10 +83,13 @@ def tell_differences(
         tell(f"expert '{name}': changes outside the FFNs, {fate[policy]}: {what}")
 
 
-def planned_other(name: str, base: Base, experts: list[Expert], policy: str) -> Planned:
-    """Return how a tensor outside the FFNs is made: the base's own, or the mean over the experts."""
+def planned_shared(name: str, base: Base, experts: list[Expert], policy: str) -> Planned:
+    """Return how a tensor that all experts share is made: the base's own, or outside the FFNs the mean over them.
+
+    The base's FFN is no mean: experts that are kept as factors are what they add to it.
+    """
     weights = base.weights
-    if policy != "average" or not any(name in expert.updates for expert in experts):
+    if policy != "average" or base.is_ffn(name) or not any(name in expert.updates for expert in experts):
         return passed_through(weights, name)
     return Planned(name, weights.dtype(name), weights.shape(name), functools.partial(_mean, name, base, experts))
 

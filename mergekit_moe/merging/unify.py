@@ -16,7 +16,7 @@ from mergekit_moe.merging.compression import Spool
 from mergekit_moe.merging.ffn_experts import FfnExpert, plan_expert
 from mergekit_moe.merging.gates import GATES
 from mergekit_moe.merging.heads import Head, joined_head
-from mergekit_moe.merging.other_weights import Difference, find_differences, planned_other, tell_differences
+from mergekit_moe.merging.other_weights import Difference, find_differences, planned_shared, tell_differences
 from mergekit_moe.merging.output import copy_companions, in_type, one_thread, typed_config, write_checkpoint
 from mergekit_moe.recipe import ANCHOR, Merge, Router
 from mergekit_moe.weights import Planned
@@ -69,7 +69,7 @@ def merge_experts(
     config = moe_config(base, experts, members, merge, router, head)
     shares = shares_ffn(config)
     kept = [
-        planned_other(name, base, experts, merge.other_weights)
+        planned_shared(name, base, experts, merge.other_weights)
         for name in base.weights
         if (shares or not base.is_ffn(name)) and (head is None or not base.is_of_head(name))
     ]
