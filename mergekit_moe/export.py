@@ -21,6 +21,7 @@ from mergekit_moe.data import batches
 from mergekit_moe.errors import ExportError
 from mergekit_moe.modeling.configuration_metamoe import expert_rank
 from mergekit_moe.modeling.routing_metamoe import ContextRouter
+from mergekit_moe.models import only_chooses
 from mergekit_moe.weights import DTYPES, SHARD_BYTES, Planned, Weights, passed_through, write_weights
 
 if TYPE_CHECKING:
@@ -102,9 +103,8 @@ def trained_gates(source: Source) -> Tensor:
         why = "its routers add up what earlier layers said"
     elif config.router_absolute_scores:
         why = "its routers take absolute scores"
-    elif config.router_input_norm and config.num_experts_per_tok > 1:
-        # At top-1 a token's length changes no choice and its expert's weight is 1.
-        why = "its routers normalise their input, which changes the weights of more than one expert"
+    elif config.router_input_norm and not only_chooses(config):  # a token's length changes no choice
+        why = "its routers normalise their input, which changes the weights of experts"
     elif any(
         bool(_read(source, f"{_ffn(layer)}.router.bias").any()) for layer in range(source.config.num_hidden_layers)
     ):

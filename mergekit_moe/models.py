@@ -189,6 +189,11 @@ def counted_tokens(batch: dict[str, Tensor], hidden: Tensor, silent: list[int]) 
     return batch["attention_mask"].bool() & ~torch.isin(batch["input_ids"], unknown)
 
 
+def only_chooses(config: Any) -> bool:
+    """Whether a unified model's routers choose and no more: one expert a token, whose weight is 1 whatever they say."""
+    return bool(config.num_experts_per_tok == 1 and config.norm_topk_prob)
+
+
 def routers_of(model: nn.Module) -> list[ContextRouter]:
     """Return a MoE model's routers, layer by layer."""
     return [module for module in model.modules() if isinstance(module, ContextRouter)]

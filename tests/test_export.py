@@ -214,6 +214,14 @@ def test_a_trained_bias_without_context_is_folded_not_refitted(tmp_path: Path) -
     assert 0.0 < report["routing_agreement"]["mean"] <= 1.0
 
 
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_a_normalised_input_is_kept_where_it_changes_a_choice_alone(tmp_path: Path, renormalise: bool) -> None:
+    """By Eq. 6 an expert's weight is a probability, which a gate without that normalisation has to learn anew."""
+    saved(tmp_path / "moe", "Olmo2", bias=True, norm_topk_prob=renormalise)
+    report = export_model(tmp_path / "moe", "flex_olmo", tmp_path / "out", proxy_rows())
+    assert report["gates"].startswith("as trained" if renormalise else "fitted again")
+
+
 REFUSED = {
     "family": ("Gemma", "mixtral", {}, "gemma model can't be exported as mixtral; no native format fits"),
     "other": ("Qwen3", "mixtral", {}, "qwen3 model can't be exported as mixtral; it can become qwen3_moe"),
@@ -230,6 +238,7 @@ REFUSED = {
     "context": ("Llama", "mixtral", {"router_context": "prefix"}, "routers use context, .* give the proxies"),
     "bias": ("Llama", "mixtral", {"bias": True}, "routers have biases, .* give the proxies"),
     "norm": ("Olmo2", "flex_olmo", {"num_experts_per_tok": 2}, "normalise their input, .* give the proxies"),
+    "norm, Eq. 6": ("Olmo2", "flex_olmo", {"norm_topk_prob": False}, "normalise their input, .* give the proxies"),
 }
 
 

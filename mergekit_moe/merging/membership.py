@@ -188,15 +188,16 @@ def add(unified: Unified, expert: Expert, out: Path, tell: Any = lambda line: No
     compress = merge.compress if holds_ffn else None
     member = plan_expert(expert, number, base, compress, spool, seed=seed, tell=tell)
     tell(f"expert '{expert.name}': {member.form}")
-    if not holds_ffn and member.entry.get("kind") != "dense":
-        raise ExpertError(
-            f"expert '{expert.name}' needs the base's FFN, which {unified.folder} doesn't hold; merge again"
-        )
     experts = list(unified.config["experts"])
     experts.insert(number, member.entry)
     entries = [*unified.report["experts"], report_on_expert(expert, member, differences[expert.name])]
     changed = _changed(unified, experts, entries, top_k=_top_k(unified, len(experts)))
     start, size = unified.router.start, base.sized["hidden_size"]
+    by_change = start == "arrow" and not unified.fitted  # a row that is made of what the expert changed
+    if not holds_ffn and (shares_ffn(changed.config) or by_change):
+        raise ExpertError(
+            f"expert '{expert.name}' needs the base's FFN, which {unified.folder} doesn't hold; merge again"
+        )
 
     def row(layer: int) -> Tensor:
         if unified.fitted:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_moe.modeling.experts_metamoe import MoeBlock
-from mergekit_moe.models import routers_of
+from mergekit_moe.models import only_chooses, routers_of
 from mergekit_moe.routing import start
 from mergekit_moe.routing.statistics import gather_statistics
 from mergekit_moe.routing.training import fit_temperature
@@ -50,15 +50,15 @@ def plain_gates(model: "PreTrainedModel", proxies: "Dataset", shrinkage: float =
     model.eval()
     routers = routers_of(model)
     for block in model.modules():
-        # At top-1 the normalisation changes no choice, and what was fitted with it is better conditioned.
+        # The normalisation changes no choice, and what was fitted with it is better conditioned.
         if isinstance(block, MoeBlock) and hasattr(block, "input_norm"):
-            block.input_norm = block.input_norm and block.top_k == 1
+            block.input_norm = block.input_norm and only_chooses(model.config)
     statistics = gather_statistics(model, proxies, context_weight=0.0, batch_size=_BATCH)
     again = (
         model.config.router_context != "none"
         or model.config.router_absolute_scores
         or model.config.router_adds_layers
-        or (model.config.router_input_norm and model.config.num_experts_per_tok > 1)
+        or (model.config.router_input_norm and not only_chooses(model.config))
     )
     if again:
         weights, biases = start.lda(statistics, shrinkage)

@@ -23,6 +23,7 @@ from mergekit_moe.models import (
     add_teacher,
     load_model,
     network_of,
+    only_chooses,
     recorded_routers,
     routed_tokens,
     routers_of,
@@ -303,9 +304,7 @@ def _scale_matters(material: Material) -> bool:
     """Whether to look for a temperature: weights of several experts, or training, depend on it, not top-1's choice."""
     if material.settings.start in AS_THEY_ARE:
         return False
-    config = material.model.config
-    chooses_only = config.num_experts_per_tok == 1 and config.norm_topk_prob
-    return material.settings.training is not None or not chooses_only
+    return material.settings.training is not None or not only_chooses(material.model.config)
 
 
 @torch.no_grad()

@@ -91,6 +91,22 @@ def test_whole_experts_come_and_go_where_no_seed_ffn_is_left(
     assert contents(tmp_path / "pure") == contents(two)
 
 
+@pytest.mark.parametrize("router", [DATA_FREE[0], DATA_FREE[1]], ids=str)
+def test_what_needs_the_seed_s_ffn_is_refused_where_none_is_left(
+    base_folder: Path, tmp_path: Path, sources: dict[str, Path], router: Router
+) -> None:
+    """Tokens of no domain take it, and a row by what an expert changed is made of it."""
+    more = {**sources, "other": fine_tune(base_folder, tmp_path / "other", 5)}
+    two = merge(base_folder, experts(base_folder, more, "tuned", "other"), tmp_path / "two", router)
+    third = fine_tune(base_folder, tmp_path / "third", 6)
+    if router.start == "random":
+        about = {"name": "third", "domain_free_token_ids": [5, 6]}
+        (third / "expert.json").write_text(json.dumps(about))
+    with pytest.raises(ExpertError, match=r"expert 'third' needs the base's FFN, which .* doesn't hold; merge again"):
+        add_expert(two, str(third), tmp_path / "three", name="third")
+    assert not (tmp_path / "three").exists()
+
+
 def test_fitted_routers_are_fitted_again_without_touching_an_expert(
     base_folder: Path, tmp_path: Path, sources: dict[str, Path]
 ) -> None:
